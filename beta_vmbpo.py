@@ -1,0 +1,762 @@
+"""β-VMBPO: model-based RL as variational inference with an adaptive risk parameter β, in one file.
+
+After "Risk-Sensitive Variational Model-Based Policy Optimization", whose equation numbers are used. Dynamics p_θ(s',r|s,a)
+are learned from data. The variational dynamics q_φ(s'|s,a) are the posterior given optimality: p tilted towards states of
+high value, the more the smaller the risk parameter β. Actor and critic learn inside q; β keeps q within ε nats of p.
+
+    max_q E_q[Σ r] − β KL(q(τ) ‖ p_π(τ))                                                                (7)
+    J(β) = β ε − β KL(q_φ(s'|s,a) ‖ p_θ(s'|s,a))                                                        (9)
+    J(θ) = −E_env[log p_θ(s',r|s,a)]                                                                    (10)
+    J(φ) = −E_env[exp((r + γ V'(s') − Q(s,a)) / β) log q_φ(s'|s,a)]                                     (11)
+    J(ψ) = E_model[(Q_ψ(s,a) − r − γ V'(s') + β log q_φ(s'|s,a)/p_θ(s'|s,a))²]                          (12)
+    J(ω) = E_model[E_{a~q_ω}[β log q_ω(a|s) − β log π_κ(a|s) − Q(s,a)]],  then κ ← ω                    (13, 14)
+
+Deviations from the paper, each with the flag that goes back to its letter where there is one:
+ 1. γ and a learned probability of termination enter (11) and (12), which print neither. `--termination-fn`: a known rule.
+ 2. Every fit starts q at p (parameters and Adam moments) and shows both the same minibatches, so that KL(q‖p) is the tilt
+    alone and vanishes as β → ∞. Two independent ensembles differ by nats before any tilt: the constraint cannot be met,
+    β runs to its clamp and the method silently is MBPO. `--posterior-init own`: q keeps its own parameters.
+ 3. The exponent of (11) is clamped to ±4 after the division by β. Weights are scaled to mean 1, which keeps the minimiser.
+ 4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
+    averaged over replayed states and the policy's actions. `--kl-estimator matched`: over pairs of members.
+ 5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose magnitude grows
+    with β so that Adam overshoots to the clamp. `--dual-step adam`: that.
+ 6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out as in Appendix C.1. `--log-ratio-in-critic`: added.
+ 7. Actor and critic carry an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
+    `--entropy none`: the policy's standard deviation falls to its floor within a few hundred steps.
+ 8. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after each
+    update the gradient of the KL in (13) is zero: it is computed only when `--prior-interval` is above 1.
+ 9. A share of real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
+    minibatches in the first fit and at most 800 in any, and MBPO's learning rate 1e-3 for the dynamics instead of 3e-4.
+
+    python beta_vmbpo.py --env-id Walker2d-v4
+    python beta_vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections import defaultdict
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 5000  # every fifth row is never trained on; errors are measured on at most so many
+EXPONENT_MAX = 4.0  # Appendix C.1
+BETA_MIN, BETA_MAX = 1e-2, 1e7  # Appendix C.4
+warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are the -v4 ones
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId for your own; dm_control/walker-walk-v0
+    seed: int = 1  # trial i uses environment seed + i
+    trials: int = 1  # independent agents trained side by side
+    device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
+    compile: bool = False  # torch.compile the loss functions
+    total_steps: int = 300_000  # environment steps per trial
+    learning_starts: int = 5_000  # uniformly random steps before the first update
+    log_every: int = 250  # environment steps between rows of training metrics
+    eval_every: int = 1_000  # environment steps between evaluations
+    eval_episodes: int = 5  # episodes per trial and evaluation
+    save_every: int = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
+    wandb_project: str = "rl-as-inference"  # Weights & Biases project
+    capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
+    run_dir: str = ""  # where the run goes; default runs/ENV_ID/SCRIPT_sSEED_DATE-TIME
+    resume: str = ""  # run directory to continue; only the total, the intervals, device and wandb may change
+    evaluate: str = ""  # run directory whose saved agent is evaluated instead of training
+
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target critic towards the critic
+    batch_size: int = 256  # rows per update
+    hidden_dim: int = 256  # width of the two hidden layers of actor and critics
+    learning_rate: float = 3e-4  # Adam's, of actor, critics and α
+    updates_per_step: int = 20  # actor-critic updates per environment step
+    target_entropy: float | None = None  # entropy that α is tuned to, in nats; default −(action dimensions)/2
+    entropy: Literal["both", "critic", "none"] = "both"  # where the entropy bonus enters, actor and critic or less
+    real_ratio: float = 0.05  # share of real transitions in each batch
+    buffer_size: int = 1_000_000  # real transitions kept per trial
+    model_buffer_size: int = 400_000  # imagined transitions kept per trial
+    ensemble_size: int = 7  # members of the dynamics ensemble
+    num_elites: int = 5  # members with the lowest hold-out error, used to imagine
+    model_dim: int = 200  # width of the dynamics' hidden layers
+    model_layers: int = 4  # hidden layers of the dynamics
+    model_learning_rate: float = 1e-3  # Adam's, of the dynamics
+    fit_every: int = 250  # environment steps between fits
+    epochs: int = 5  # passes over the data per fit
+    min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
+    max_batches: int = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
+    rollouts: int = 100_000  # states from which transitions are imagined after each fit
+    horizon: int = 1  # imagined steps per roll-out at first
+    max_horizon: int = 1  # imagined steps per roll-out in the end
+    horizon_steps: tuple[int, int] = (20_000, 150_000)  # environment steps between which the horizon grows linearly
+    termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
+    beta: float = 100.0  # risk parameter at the start, in units of reward: small is optimistic, ∞ is MBPO
+    posterior_init: Literal["prior", "own"] = "prior"  # where q starts at each fit: at p, or where it ended
+    kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
+    log_ratio_in_critic: bool = False  # subtract β log q/p from the critic's target
+    prior_interval: int = 1  # updates between copies of the actor into the prior policy
+    kl_budget: float = 0.1  # ε: nats per transition by which q may differ from p
+    beta_lr: float = 0.003  # step of log β per environment step
+    dual_step: Literal["clipped", "adam"] = "clipped"  # how β descends (9): clipped relative violation, or Adam
+
+
+INT_MIN = {"seed": 0}  # every other count is at least 1
+FLOAT_RANGE = {"gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1)}  # every other number is positive
+RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project"}
+
+
+def fail(message):
+    """Print one line and exit with code 2."""
+    print(f"{SCRIPT}.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    """Read the command line and refuse what cannot work; a saved run brings the flags it was begun with."""
+    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    if source := args.resume or args.evaluate:
+        flag = f"--{'resume' if args.resume else 'evaluate'} {source}"
+        if not (Path(source) / "checkpoint.pt").is_file() or not (Path(source) / "args.json").is_file():
+            fail(f"{flag}: no args.json and checkpoint.pt there")
+        saved = json.loads((Path(source) / "args.json").read_text())
+        if (script := saved.pop("script", None)) != SCRIPT:
+            fail(f"{flag}: a run of {script}.py")
+        saved |= {"horizon_steps": tuple(saved["horizon_steps"]), "resume": "", "evaluate": "", "run_dir": source}
+        args = tyro.cli(Args, args=argv, default=Args(**saved))
+        changed = {k for k in saved if getattr(args, k) != saved[k]} - RESUMABLE - {"resume", "evaluate", "capture_video"}
+        if changed:
+            fail(f"--{min(changed).replace('_', '-')}: differs from the saved run's, {saved[min(changed)]}")
+    for field in dataclasses.fields(Args):
+        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')} {getattr(args, field.name)}"
+        if field.type is int and value < INT_MIN.get(field.name, 1):
+            fail(f"{flag}: must be at least {INT_MIN.get(field.name, 1)}")
+        if field.type is float and field.name in FLOAT_RANGE and not 0 <= value <= 1:
+            fail(f"{flag}: must be between 0 and 1")
+        if field.type is float and field.name not in FLOAT_RANGE and not 0 < value < math.inf:
+            fail(f"{flag}: must be positive and finite")
+    for refused, message in (
+        (args.learning_starts < 10, "--learning-starts: must be at least 10"),
+        (args.total_steps < args.learning_starts, f"--total-steps: must be at least --learning-starts {args.learning_starts}"),
+        (args.num_elites > args.ensemble_size, f"--num-elites: must be at most --ensemble-size {args.ensemble_size}"),
+        (args.rollouts > args.model_buffer_size, f"--rollouts: must be at most --model-buffer-size {args.model_buffer_size}"),
+        (args.max_horizon < args.horizon, f"--max-horizon: must be at least --horizon {args.horizon}"),
+        (not 0 <= args.horizon_steps[0] < args.horizon_steps[1], "--horizon-steps: must be two rising numbers"),
+        (args.capture_video and not args.evaluate, "--capture-video: needs --evaluate RUN_DIR"),
+        (args.capture_video and not importlib.util.find_spec("moviepy"), "--capture-video: needs the package moviepy"),
+        (args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "--wandb: needs the package wandb"),
+        (not source and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir}: exists already"),
+    ):
+        if refused:
+            fail(message)
+    try:
+        flag = f"--device {args.device}: not there; use auto or cpu"
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        torch.zeros(1, device=device)
+        flag = f"--termination-fn {args.termination_fn}: must be an importable module:function"
+        load_function(args.termination_fn)
+        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
+        flag = f"--env-id {args.env_id}: cannot be made" + (f"; near matches: {', '.join(near)}" if near else "")
+        space = make_envs(args.env_id, 1).single_action_space
+    except (RuntimeError, AssertionError, ImportError, AttributeError, ValueError, TypeError, gym.error.Error) as error:
+        fail(f"{flag} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
+        fail(f"--env-id {args.env_id}: its actions must be a bounded Box, not {space}")
+    name = f"runs/{args.env_id.replace(':', '_')}/{SCRIPT}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    return dataclasses.replace(args, device=device, run_dir=args.run_dir or name)
+
+
+def load_function(path):
+    """module:function -> that function; the empty string -> None."""
+    return getattr(importlib.import_module(path.split(":")[0]), path.split(":")[1]) if path else None
+
+
+def make_envs(env_id, num_envs, **kwargs):
+    """Vector environment with flat observations and actions in [-1, 1]; an episode that ends restarts in the same step."""
+    if env_id.startswith("dm_control/"):
+        gym.register_envs(importlib.import_module("shimmy"))
+
+    def wrap(env):
+        env = gym.wrappers.FlattenObservation(env)
+        bounded = isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if bounded else env
+
+    return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
+                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)  # fmt: skip
+
+
+class ReplayBuffer:
+    """Ring of transitions per trial; one row holds obs, action, reward, next_obs, terminated, log_ratio."""
+
+    def __init__(self, trials, capacity, obs_dim, action_dim, device):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1, 1)
+        self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
+        self.added = torch.zeros((), dtype=torch.long, device=device)
+        self.trial = torch.arange(trials, device=device)[:, None]
+
+    @property
+    def count(self):
+        return self.added.clamp(max=self.storage.shape[1])
+
+    def add(self, *columns):
+        """columns: tensors (trials, n, width) in the order of a row; n at most the capacity."""
+        rows = torch.cat(columns, -1)
+        self.storage[:, (self.added + torch.arange(rows.shape[1], device=rows.device)) % self.storage.shape[1]] = rows
+        self.added += rows.shape[1]
+
+    def sample(self, n):
+        """n rows per trial, uniform with replacement: (trials, n, row)."""
+        index = (torch.rand(len(self.trial), n, device=self.storage.device) * self.count).long()
+        return self.storage[self.trial, index]
+
+    def state_dict(self):
+        return {"storage": self.storage[:, : int(self.count)].clone(), "added": self.added}
+
+    def load_state_dict(self, state):
+        self.storage[:, : state["storage"].shape[1]] = state["storage"]
+        self.added.copy_(state["added"])
+
+
+class StackedLinear(nn.Module):
+    """A stack of independent linear layers: x (*stack, batch, in) -> (*stack, batch, out)."""
+
+    def __init__(self, stack, in_dim, out_dim):
+        super().__init__()
+        bound = in_dim**-0.5
+        self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x, members=...):
+        return x @ self.weight[members] + self.bias[members]
+
+
+class StackedMLP(nn.Module):
+    """A stack of independent perceptrons; `members` indexes the stack, to run only some of them."""
+
+    def __init__(self, stack, dims, activation=F.relu):
+        super().__init__()
+        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in pairwise(dims))
+        self.activation = activation
+
+    def forward(self, x, members=...):
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x, members))
+        return self.layers[-1](x, members)
+
+
+class Actor(StackedMLP):
+    """Tanh-squashed Gaussian policy: obs (trials, batch, obs_dim) -> mean and log_std before the tanh."""
+
+    def forward(self, obs):
+        mean, log_std = super().forward(obs).chunk(2, -1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def sample(self, obs):
+        """Reparameterised action and its log-probability (trials, batch, 1), the tanh's Jacobian in a stable form."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), log_prob.sum(-1, keepdim=True)
+
+
+class Normalizer(nn.Module):
+    """Mean and standard deviation per trial of columns (trials, n, dim); constant columns are only centred."""
+
+    def __init__(self, trials, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(trials, 1, dim))
+        self.register_buffer("std", torch.ones(trials, 1, dim))
+
+    def fit(self, x):
+        std, mean = torch.std_mean(x, 1, keepdim=True)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < 1e-6, 1.0, std))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+    def inverse(self, x):
+        return x * self.std + self.mean
+
+
+class Dynamics(StackedMLP):
+    """Ensemble of Gaussians over the normalised (Δobs, reward), with log-variances between learned bounds."""
+
+    def __init__(self, stack, in_dim, out_dim, hidden_dims):
+        super().__init__(stack, (in_dim, *hidden_dims, 2 * out_dim), F.silu)
+        self.max_log_var = nn.Parameter(torch.full((*stack, 1, out_dim), 0.5))
+        self.min_log_var = nn.Parameter(torch.full((*stack, 1, out_dim), -10.0))
+
+    def forward(self, x, members=...):
+        mean, log_var = super().forward(x, members).chunk(2, -1)
+        high, low = self.max_log_var[members], self.min_log_var[members]
+        return mean, low + F.softplus(high - F.softplus(high - log_var) - low)
+
+
+def gaussian_kl(mean, log_var, other_mean, other_log_var):
+    """KL(N ‖ N_other) of each dimension, in nats."""
+    log_ratio = log_var - other_log_var
+    return 0.5 * (log_ratio.exp() + (mean - other_mean).square() * (-other_log_var).exp() - 1 - log_ratio)
+
+
+def moment_match(mean, log_var, dim):
+    """Mean and log-variance of the equal mixture of the Gaussians that lie along `dim`."""
+    center = mean.mean(dim)
+    return center, (log_var.exp() + (mean - center.unsqueeze(dim)).square()).mean(dim).log()
+
+
+class Agent(nn.Module):
+    """Networks, optimizers and the steps of Algorithm 1: act, fit_model, imagine, learn, update_beta."""
+
+    def __init__(self, args, obs_dim, action_dim):
+        super().__init__()
+        self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
+        self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim))
+        self.prior_actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim))
+        self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1))
+        self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1))
+        self.prior_actor.load_state_dict(self.actor.state_dict())
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
+        self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
+
+        # The first axis of the model's stack is (p_θ, q_φ): one forward pass serves both.
+        model_dims = (args.model_dim,) * args.model_layers
+        self.model = Dynamics((2, args.ensemble_size, trials), obs_dim + action_dim, obs_dim + 1, model_dims)
+        self.terminator = StackedMLP((trials,), (obs_dim, 64, 64, 1))
+        self.known_termination = load_function(args.termination_fn)
+        self.inputs, self.targets = Normalizer(trials, obs_dim + action_dim), Normalizer(trials, obs_dim + 1)
+        self.states = Normalizer(trials, obs_dim)
+        self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))
+        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
+        self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
+        self.register_buffer("counts", torch.zeros(2, dtype=torch.long))  # fits, updates
+        self.log_beta = nn.Parameter(torch.full((trials, 1, 1), math.log(args.beta)))
+        self.register_buffer("kl", torch.zeros(trials))
+        self.to(args.device)
+
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
+        groups = [{"params": layer.weight, "weight_decay": d} for layer, d in zip(self.model.layers, decay, strict=True)]
+        others = [p for name, p in self.model.named_parameters() if "weight" not in name]
+        self.opts = {
+            "actor": adam([*self.actor.parameters(), self.log_alpha]),
+            "critic": adam(self.critic.parameters()),
+            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], lr=args.model_learning_rate),
+            "beta": adam([self.log_beta], lr=args.beta_lr),
+        }
+        if args.compile:
+            for name in ("critic_loss", "actor_loss", "model_loss"):
+                setattr(self, name, torch.compile(getattr(self, name)))
+
+    @property
+    def beta(self):
+        return self.log_beta.detach().exp()  # (trials, 1, 1)
+
+    @torch.no_grad()
+    def act(self, obs, deterministic=False):
+        """Actions (trials, n, action_dim) of the prior policy π_κ, or the mean action of q_ω for evaluation."""
+        return self.actor(obs)[0].tanh() if deterministic else self.prior_actor.sample(obs)[0]
+
+    @torch.no_grad()
+    def value(self, obs):
+        """V'(s) with one sampled action and, unless it is off, the entropy bonus: (trials, n, 1)."""
+        action, log_prob = self.actor.sample(obs)
+        value = self.critic_target(torch.cat([obs, action], -1)).amin(0)
+        return value if self.args.entropy == "none" else value - self.log_alpha.exp() * log_prob
+
+    def termination(self, obs, action, next_obs):
+        """Probability (trials, n, 1) that the episode ends at next_obs; 0 where none has ended yet."""
+        if self.known_termination:
+            return self.known_termination(obs, action, next_obs).reshape(*obs.shape[:-1], 1).float()
+        return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
+
+    @torch.no_grad()
+    def set_scales(self, data):
+        """Take scales and ranges from replayed columns (trials, n, ·)."""
+        obs, action, reward, next_obs, terminated, _ = data
+        self.inputs.fit(torch.cat([obs, action], -1))
+        self.targets.fit(torch.cat([next_obs - obs, reward], -1))
+        self.states.fit(next_obs)
+        self.state_range[0] = torch.minimum(obs.amin(1, keepdim=True), next_obs.amin(1, keepdim=True))
+        self.state_range[1] = torch.maximum(obs.amax(1, keepdim=True), next_obs.amax(1, keepdim=True))
+        self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+
+    @torch.no_grad()
+    def transition_weights(self, data):
+        """exp(δ/β) of every replayed transition, scaled to mean 1 per trial: (trials, n, 1)."""
+        weights = []
+        for obs, action, reward, next_obs, terminated, _ in zip(*(column.split(10_000, 1) for column in data)):
+            q = self.critic(torch.cat([obs, action], -1)).amin(0)
+            delta = reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q
+            weights.append((delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp())  # eq. (11)
+        weights = torch.cat(weights, 1)
+        return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
+
+    @torch.no_grad()
+    def start_posterior(self):
+        """q starts at p, with p's Adam moments, so that their KL measures the tilt and nothing else."""
+        for parameter in self.model.parameters():
+            moments = self.opts["model"].state[parameter]
+            for tensor in (parameter, *(moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments)):
+                tensor[1] = tensor[0]
+
+    def model_loss(self, batch, weights):
+        """Losses of p, q and termination on one minibatch per member: (ensemble, trials, n, ·), weights (…, n, 1)."""
+        obs, action, reward, next_obs, terminated, _ = batch
+        target = self.targets(torch.cat([next_obs - obs, reward], -1))
+        mean, log_var = self.model(self.inputs(torch.cat([obs, action], -1)))  # (2, ensemble, trials, n, out)
+        prior_nll, posterior_nll = ((target - mean).square() * (-log_var).exp() + log_var).unbind(0)
+        loss = prior_nll.mean((-2, -1)).sum()  # eq. (10)
+        loss = loss + (weights * posterior_nll).mean((-2, -1)).sum()  # eq. (11)
+        loss = loss + 0.01 / self.args.ensemble_size * (self.model.max_log_var - self.model.min_log_var).sum()
+        logit = self.terminator(self.states(next_obs[0]))
+        return loss + F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="none").mean((-2, -1)).sum()
+
+    @torch.no_grad()
+    def model_errors(self, buffer, rows):
+        """Squared errors of p and q in units of the targets' variance: (2, ensemble, trials)."""
+        obs, action, reward, next_obs, *_ = buffer.storage[:, rows].split(buffer.widths, -1)
+        mean, _ = self.model(self.inputs(torch.cat([obs, action], -1)))
+        return (mean - self.targets(torch.cat([next_obs - obs, reward], -1))).square().mean((-2, -1))
+
+    def fit_model(self, buffer):
+        """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
+        args, count, shape = self.args, int(buffer.count), (self.args.ensemble_size, self.args.trials)
+        data = buffer.storage[:, :count].split(buffer.widths, -1)
+        self.set_scales(data)
+        weights = self.transition_weights(data)
+        if args.posterior_init == "prior":
+            self.start_posterior()
+        num_train = count - math.ceil(count / HOLD_OUT_EVERY)
+        bootstrap = torch.randint(num_train, (*shape, num_train), device=args.device)  # (ensemble, trials, num_train)
+        bootstrap += bootstrap // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
+        batches = max(args.epochs * num_train // args.batch_size, 1 if self.counts[0] else args.min_first_batches)
+        for _ in range(min(batches, args.max_batches)):
+            rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
+            batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
+            loss = self.model_loss(batch, weights[buffer.trial, rows])
+            self.opts["model"].zero_grad()
+            loss.backward()
+            self.opts["model"].step()
+        held_out = torch.arange(0, count, HOLD_OUT_EVERY * math.ceil(count / HOLD_OUT_EVERY / HOLD_OUT_MAX))
+        prior_error, posterior_error = self.model_errors(buffer, held_out.to(args.device))
+        self.elites.copy_(prior_error.topk(args.num_elites, dim=0, largest=False).indices)
+        self.counts[0] += 1
+
+        obs, action, _, next_obs, terminated, _ = buffer.sample(1000).split(buffer.widths, -1)
+        self.kl.copy_(self.divergence(obs))
+        imagined_obs, _, imagined_end, _ = self.predict(obs, action)
+        gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
+        sample_size = 1 / weights.square().mean((-2, -1))
+        if ((self.kl > args.kl_budget) & (sample_size > 0.99)).any():
+            tqdm.write(f"warning: KL {self.kl.max():.3g} above --kl-budget although q is hardly tilted: no β can meet it")
+        return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
+                "model/optimism_gap": gap.mean((-2, -1)), "model/effective_sample_size": sample_size,
+                "model/kl": self.kl, "model/beta": self.beta.flatten()}  # fmt: skip
+
+    @torch.no_grad()
+    def divergence(self, obs):
+        """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
+        x = self.inputs(torch.cat([obs, self.actor.sample(obs)[0]], -1))
+        mean, log_var = self.model(x, (slice(None), self.elites, range(len(obs))))  # (2, elites, trials, n, out)
+        if self.args.kl_estimator == "mixture":
+            mean, log_var = (moment.unsqueeze(1) for moment in moment_match(mean, log_var, 1))
+        kl = gaussian_kl(mean[1], log_var[1], mean[0], log_var[0])[..., : self.obs_dim]
+        return kl.sum(-1).mean((0, -1))
+
+    @torch.no_grad()
+    def predict(self, obs, action):
+        """s' ~ q_φ, r ~ p_θ, P(end at s') and log q_φ/p_θ of s'; rows are dealt to the elites in equal chunks."""
+        trials, columns = range(len(obs)), []
+        for elite, o, a in zip(self.elites, obs.chunk(len(self.elites), 1), action.chunk(len(self.elites), 1)):
+            x = self.inputs(torch.cat([o, a], -1))
+            mean, log_var = self.model(x, (slice(None), elite, trials))  # (2, trials, n, out)
+            prior, posterior = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+            next_obs = o + self.targets.inverse(posterior)[..., : self.obs_dim]
+            next_obs = next_obs.clamp(*self.state_range)
+            reward, log_ratio = self.targets.inverse(prior)[..., self.obs_dim :], torch.zeros_like(o[..., :1])
+            if self.args.log_ratio_in_critic:
+                if self.args.kl_estimator == "mixture":
+                    mean, log_var = moment_match(*self.model(x, (slice(None), self.elites, trials)), 1)
+                log_density = -0.5 * ((posterior - mean).square() * (-log_var).exp() + log_var)[..., : self.obs_dim]
+                log_ratio = (log_density[1] - log_density[0]).sum(-1, keepdim=True)
+            columns.append((next_obs, reward, self.termination(o, a, next_obs), log_ratio))
+        return [torch.cat(column, 1) for column in zip(*columns)]
+
+    @torch.no_grad()
+    def imagine(self, buffer, model_buffer, step):
+        """Branch `rollouts` short roll-outs of the variational dynamics from replayed states (Algorithm 1)."""
+        args, (start, end) = self.args, self.args.horizon_steps
+        horizon = round(np.interp(step, (start, end), (args.horizon, args.max_horizon)))
+        obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
+        for _ in range(horizon):
+            action = self.actor.sample(obs)[0]
+            next_obs, reward, terminated, log_ratio = self.predict(obs, action)
+            model_buffer.add(obs, action, reward, next_obs, terminated, log_ratio)
+            if horizon > 1:  # a branch that ended starts again from a replayed state
+                fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
+                obs = torch.where(torch.rand_like(terminated) < terminated, fresh, next_obs)
+
+    def critic_loss(self, obs, action, target):
+        q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
+        return (q - target).square().mean((-2, -1)).sum(), q  # eq. (12)
+
+    def actor_loss(self, obs):
+        action, log_prob = self.actor.sample(obs)
+        q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
+        loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
+        if self.args.prior_interval > 1:
+            (mean, log_std), (prior_mean, prior_log_std) = self.actor(obs), self.prior_actor(obs)
+            kl = gaussian_kl(mean, 2 * log_std, prior_mean, 2 * prior_log_std)
+            loss = loss + self.beta * kl.sum(-1, keepdim=True)  # eq. (13)
+        alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
+        return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
+
+    def update(self, batch):
+        """One step of critics, actor and α on columns (trials, n, ·); returns q, its target and log-probabilities."""
+        obs, action, reward, next_obs, terminated, log_ratio = batch
+        target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
+        if self.args.log_ratio_in_critic:
+            target = target - self.beta * log_ratio  # eq. (12)
+        loss, q = self.critic_loss(obs, action, target)
+        self.opts["critic"].zero_grad()
+        loss.backward()
+        self.opts["critic"].step()
+
+        loss, log_prob = self.actor_loss(obs)
+        self.opts["actor"].zero_grad()
+        loss.backward(inputs=[*self.actor.parameters(), self.log_alpha])  # the critics need no gradients here
+        self.opts["actor"].step()
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
+        return q.detach(), target, log_prob.detach()
+
+    def learn(self, buffer, model_buffer):
+        """All updates of one environment step, on real and imagined rows in the ratio asked for; returns metrics."""
+        args, num_real = self.args, round(self.args.real_ratio * self.args.batch_size)
+        rows = [source.sample(args.updates_per_step * n).unflatten(1, (args.updates_per_step, n))
+                for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]  # fmt: skip
+        for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
+            q, target, log_prob = self.update(batch.split(buffer.widths, -1))
+            self.counts[1] += 1
+            if args.prior_interval > 1 and self.counts[1] % args.prior_interval == 0:
+                self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
+        if args.prior_interval == 1:  # κ ← ω after every update; nothing reads κ in between
+            self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
+        return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
+                "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.exp().flatten()}  # fmt: skip
+
+    def update_beta(self):
+        """Dual descent on log β: it rises, towards p, while KL > ε, and falls while there is budget left."""
+        violation = self.kl.view(-1, 1, 1) - self.args.kl_budget
+        if self.args.dual_step == "adam":
+            self.log_beta.grad = -self.beta * violation  # eq. (9)
+            self.opts["beta"].step()
+        with torch.no_grad():
+            if self.args.dual_step == "clipped":
+                self.log_beta += self.args.beta_lr * (violation / self.args.kl_budget).clamp(-1, 1)  # eq. (9)
+            self.log_beta.clamp_(math.log(BETA_MIN), math.log(BETA_MAX))
+
+
+@torch.no_grad()
+def evaluate(agent, envs, args):
+    """Returns and lengths (trials, episodes) of an episode per environment: deterministic actions, fixed seeds."""
+    obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
+    returns, lengths, alive = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while alive.any():
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
+        obs, reward, terminated, truncated, _ = envs.step(agent.act(obs, deterministic=True).flatten(0, 1).cpu().numpy())
+        returns, lengths, alive = returns + alive * reward, lengths + alive, alive & ~(terminated | truncated)
+    return returns.reshape(args.trials, -1), lengths.reshape(args.trials, -1)
+
+
+class Logger:
+    """metrics.csv in long form (trial -1: shared by all), optionally Weights & Biases, and curve.png."""
+
+    def __init__(self, args, step):
+        self.dir, path, lines = Path(args.run_dir), Path(args.run_dir) / "metrics.csv", []
+        if path.exists():  # a resumed run logs anew whatever came after its checkpoint
+            lines = [line for line in path.read_text().splitlines()[1:] if line.count(",") == 3]
+            lines = [line for line in lines if int(line.split(",")[0]) <= step]
+        path.with_suffix(".tmp").write_text("\n".join(["step,trial,metric,value", *lines, ""]))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.file, self.curve = open(path, "a", buffering=1), defaultdict(dict)
+        for at, trial, metric, value in (line.split(",") for line in lines):
+            if metric == "eval/return":
+                self.curve[int(at)][int(trial)] = float(value)
+        self.wandb = importlib.import_module("wandb") if args.wandb != "disabled" else None
+        if self.wandb:
+            self.wandb.init(project=args.wandb_project, dir=self.dir, mode=args.wandb, config=vars(args), name=str(self.dir))
+
+    def log(self, step, metrics, trials=None):
+        """metrics: name -> a value per trial (of which only `trials` count) or a number; values leave the device here."""
+        for name, values in metrics.items():
+            values = values.tolist() if hasattr(values, "tolist") else values
+            rows = dict(enumerate(values)) if isinstance(values, list) else {-1: values}
+            rows = {trial: rows[trial] for trial in (rows if trials is None else trials)}
+            self.file.writelines(f"{step},{trial},{name},{value:.6g}\n" for trial, value in rows.items())
+            if name == "eval/return":
+                self.curve[step] = rows
+            if self.wandb:
+                each = {f"{name}/trial_{trial}": value for trial, value in rows.items()}
+                self.wandb.log({name: sum(rows.values()) / len(rows)} | each, step=step)
+
+    def draw(self, title):
+        """curve.png: mean and one standard deviation of the evaluation return over the trials."""
+        from matplotlib.figure import Figure
+
+        returns = np.array([list(rows.values()) for rows in self.curve.values()])  # (evaluations, trials)
+        mean, std, figure = returns.mean(1), returns.std(1), Figure(figsize=(5, 3.5), layout="constrained")
+        axes = figure.add_subplot(title=title, xlabel="environment steps per trial", ylabel="evaluation return")
+        axes.plot(list(self.curve), mean)
+        axes.fill_between(list(self.curve), mean - std, mean + std, alpha=0.3)
+        figure.savefig(self.dir / "curve.png", dpi=150)
+
+
+def save(path, args, step, agent, buffers):
+    """Write a checkpoint beside its place and rename it: a process killed meanwhile leaves the last one whole."""
+    state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
+             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()}, "buffers": [b.state_dict() for b in buffers],
+             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}  # fmt: skip
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load(path, args, agent, buffers=()):
+    """Read a checkpoint into the agent and the buffers; returns the environment step it was taken at."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
+        fail(f"{path}: a checkpoint of {state['script']}.py on {state['env_id']}")
+    agent.load_state_dict(state["agent"])
+    for name, opt in agent.opts.items():
+        opt.load_state_dict(state["opts"][name])
+    for buffer, saved in zip(buffers, state["buffers"]):
+        buffer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    if len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["step"]
+
+
+def main(args):
+    """Train (or, with --evaluate, only evaluate) and return the exit code."""
+    torch.manual_seed(args.seed)
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
+    envs, eval_envs = make_envs(args.env_id, args.trials), make_envs(args.env_id, args.trials * args.eval_episodes, **render)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent, run_dir = Agent(args, obs_dim, action_dim), Path(args.run_dir)
+    if args.evaluate:
+        step = load(run_dir / "checkpoint.pt", args, agent)
+        if args.capture_video:
+            eval_envs = gym.wrappers.vector.RecordVideo(eval_envs, str(run_dir / "videos"), name_prefix=f"step-{step}")
+        for trial, returns in enumerate(evaluate(agent, eval_envs, args)[0]):
+            print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f}, {len(returns)} episodes")
+        eval_envs.close()
+        return 0
+
+    buffer = ReplayBuffer(args.trials, args.buffer_size, obs_dim, action_dim, args.device)
+    model_buffer = ReplayBuffer(args.trials, args.model_buffer_size, obs_dim, action_dim, args.device)
+    start = load(run_dir / "checkpoint.pt", args, agent, (buffer, model_buffer)) if args.resume else 0
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"script": SCRIPT}, indent=2))
+    print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on {args.device}, "
+          f"{sum(p.numel() for p in agent.parameters()):,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)  # fmt: skip
+
+    logger, bar = Logger(args, start), tqdm(total=args.total_steps, initial=start, disable=None, smoothing=0.01)
+    stop, bad, metrics, seconds, clock = [], None, {}, defaultdict(float), time.perf_counter()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: stop.append(signum))
+
+    def lap(paragraph):
+        nonlocal clock
+        clock, before = time.perf_counter(), clock
+        seconds[paragraph] += clock - before
+
+    column = lambda x: torch.as_tensor(x, dtype=torch.float32, device=args.device).view(args.trials, 1, -1)
+    obs, _ = envs.reset(seed=[args.seed + i + start for i in range(args.trials)])
+    returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
+    for step in range(start + 1, args.total_steps + 1):
+        # act
+        action = torch.rand(args.trials, 1, action_dim, device=args.device) * 2 - 1
+        if step > args.learning_starts:
+            action = agent.act(column(obs))
+        next_obs, reward, terminated, truncated, infos = envs.step(action[:, 0].cpu().numpy())
+        lap("environment")
+
+        # remember: a time limit is not a termination, and an episode's last state is not the next one's first
+        ended, last_obs = terminated | truncated, next_obs.copy()
+        for trial in np.flatnonzero(ended):
+            last_obs[trial] = infos["final_obs"][trial]
+        buffer.add(column(obs), action, column(reward), column(last_obs), column(terminated), torch.zeros_like(action[..., :1]))
+        obs, returns, lengths = next_obs, returns + reward, lengths + 1
+        if ended.any():
+            logger.log(step, {"train/return": returns, "train/length": lengths}, np.flatnonzero(ended))
+        returns, lengths = returns * ~ended, lengths * ~ended
+        bad = next((name for name, x in (("observation", last_obs), ("reward", reward)) if not np.isfinite(x).all()), None)
+        lap("buffer")
+
+        # learn
+        if step >= args.learning_starts and not bad:
+            if (step - args.learning_starts) % args.fit_every == 0:
+                logger.log(step, agent.fit_model(buffer))
+                lap("fit")
+                agent.imagine(buffer, model_buffer, step)
+                lap("imagine")
+            metrics = agent.learn(buffer, model_buffer)
+            agent.update_beta()
+            lap("update")
+
+        # evaluate, log, save
+        bar.update()
+        if step >= args.learning_starts and (step % args.eval_every == 0 or step == args.total_steps):
+            eval_returns, eval_lengths = evaluate(agent, eval_envs, args)
+            logger.log(step, {"eval/return": eval_returns.mean(1), "eval/length": eval_lengths.mean(1)})
+            bar.set_postfix_str(f"return {eval_returns.mean():.1f}")
+            lap("evaluation")
+        if step % args.log_every == 0:
+            bad = bad or next((name for name, p in agent.named_parameters() if not p.isfinite().all()), None)
+            speed = min(args.log_every, step - start) / sum(seconds.values())
+            logger.log(step, metrics | {"time/sps": speed} | {f"time/{name}": s for name, s in seconds.items()})
+            if step // args.log_every == max(args.learning_starts, start) // args.log_every + 1:
+                tqdm.write(f"about {(args.total_steps - step) / speed / 3600:.2f} hours to go, more as fits grow with the data")
+            seconds.clear()
+        if bad:
+            save(run_dir / "nonfinite.pt", args, step, agent, (buffer, model_buffer))
+            print(f"{SCRIPT}.py: error: step {step}: {bad} is not finite; saved {run_dir}/nonfinite.pt", file=sys.stderr)
+            return 1
+        if step % args.save_every == 0 or step == args.total_steps or stop:
+            save(run_dir / "checkpoint.pt", args, step, agent, (buffer, model_buffer))
+            obs, _ = envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as a resumed run does
+            returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
+            if logger.curve:
+                logger.draw(args.env_id)
+            lap("save")
+        if stop:
+            return 128 + stop[0]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
