@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -76,18 +75,20 @@ class Args:
     rollouts: int = 100_000  # states from which transitions are imagined after each fit
     horizon: int = 1  # imagined steps per roll-out at first
     max_horizon: int = 1  # imagined steps per roll-out in the end
-    horizon_steps: tuple[int, int] = (20_000, 150_000)  # environment steps between which the horizon grows linearly
+    horizon_from: int = 20_000  # environment step at which the horizon begins to grow
+    horizon_until: int = 150_000  # environment step at which it has grown, linearly, to max_horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
-    beta: float = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, ∞ is MBPO
+    beta: float = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, inf is MBPO
     posterior_init: Literal["prior", "own"] = "prior"  # where q starts at each fit: at p, or where it ended
     kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from the critic's target
     prior_interval: int = 1  # updates between copies of the actor into the prior policy
 
 
-INT_MIN = {"seed": 0}  # every other count is at least 1
-FLOAT_RANGE = {"gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1)}  # every other number is positive
-RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project"}
+RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf)}
+RANGE |= {name: (0, 1) for name in ("gamma", "tau", "real_ratio")}  # other counts are at least 1, other numbers positive
+RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
+             "resume", "evaluate", "capture_video"}
 
 
 def fail(message):
@@ -100,34 +101,26 @@ def parse_args(argv=None):
     """Read the command line and refuse what cannot work; a saved run brings the flags it was begun with."""
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     if source := args.resume or args.evaluate:
-        flag = f"--{'resume' if args.resume else 'evaluate'} {source}"
-        if not (Path(source) / "checkpoint.pt").is_file() or not (Path(source) / "args.json").is_file():
-            fail(f"{flag}: no args.json and checkpoint.pt there")
-        saved = json.loads((Path(source) / "args.json").read_text())
-        if (script := saved.pop("script", None)) != SCRIPT:
-            fail(f"{flag}: a run of {script}.py")
-        saved |= {"horizon_steps": tuple(saved["horizon_steps"]), "resume": "", "evaluate": "", "run_dir": source}
-        args = tyro.cli(Args, args=argv, default=Args(**saved))
-        changed = {k for k in saved if getattr(args, k) != saved[k]} - RESUMABLE - {"resume", "evaluate", "capture_video"}
+        try:
+            saved = json.loads((Path(source) / "args.json").read_text()) | {"run_dir": source, "resume": "", "evaluate": ""}
+            args = tyro.cli(Args, args=argv, default=Args(**saved))
+        except (OSError, ValueError, TypeError):
+            fail(f"--{'resume' if args.resume else 'evaluate'} {source}: not the directory of a run of {SCRIPT}.py")
+        changed = {k for k in saved if getattr(args, k) != saved[k]} - RESUMABLE
         if changed:
             fail(f"--{min(changed).replace('_', '-')}: differs from the saved run's, {saved[min(changed)]}")
-    for field in dataclasses.fields(Args):
-        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')} {getattr(args, field.name)}"
-        if field.type is int and value < INT_MIN.get(field.name, 1):
-            fail(f"{flag}: must be at least {INT_MIN.get(field.name, 1)}")
-        if field.type is float and field.name in FLOAT_RANGE and not 0 <= value <= 1:
-            fail(f"{flag}: must be between 0 and 1")
-        if field.type is float and field.name not in FLOAT_RANGE and not 0 < value < math.inf:
-            fail(f"{flag}: must be positive and finite")
+    for name, kind in Args.__annotations__.items():
+        value, (low, high) = getattr(args, name), RANGE.get(name, (1 if kind is int else 1e-12, math.inf))
+        if kind in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: allowed are values from {low} to {high}")
     for refused, message in (
-        (args.learning_starts < 10, "--learning-starts: must be at least 10"),
         (args.total_steps < args.learning_starts, f"--total-steps: must be at least --learning-starts {args.learning_starts}"),
         (args.num_elites > args.ensemble_size, f"--num-elites: must be at most --ensemble-size {args.ensemble_size}"),
         (args.rollouts > args.model_buffer_size, f"--rollouts: must be at most --model-buffer-size {args.model_buffer_size}"),
         (args.max_horizon < args.horizon, f"--max-horizon: must be at least --horizon {args.horizon}"),
-        (not 0 <= args.horizon_steps[0] < args.horizon_steps[1], "--horizon-steps: must be two rising numbers"),
-        (args.capture_video and not args.evaluate, "--capture-video: needs --evaluate RUN_DIR"),
-        (args.capture_video and not importlib.util.find_spec("moviepy"), "--capture-video: needs the package moviepy"),
+        (args.horizon_until <= args.horizon_from, f"--horizon-until: must be above --horizon-from {args.horizon_from}"),
+        (args.capture_video and not (args.evaluate and importlib.util.find_spec("moviepy")),
+         "--capture-video: needs --evaluate RUN_DIR and the package moviepy"),
         (args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "--wandb: needs the package wandb"),
         (not source and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir}: exists already"),
     ):
@@ -166,7 +159,7 @@ def make_envs(env_id, num_envs, **kwargs):
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if bounded else env
 
     return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
-                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)  # fmt: skip
+                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
 
 
 class ReplayBuffer:
@@ -176,17 +169,15 @@ class ReplayBuffer:
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
         self.added = torch.zeros((), dtype=torch.long, device=device)
+        self.count = torch.zeros((), dtype=torch.long, device=device)
         self.trial = torch.arange(trials, device=device)[:, None]
-
-    @property
-    def count(self):
-        return self.added.clamp(max=self.storage.shape[1])
 
     def add(self, *columns):
         """columns: tensors (trials, n, width) in the order of a row; n at most the capacity."""
         rows = torch.cat(columns, -1)
         self.storage[:, (self.added + torch.arange(rows.shape[1], device=rows.device)) % self.storage.shape[1]] = rows
         self.added += rows.shape[1]
+        self.count.copy_(self.added.clamp(max=self.storage.shape[1]))
 
     def sample(self, n):
         """n rows per trial, uniform with replacement: (trials, n, row)."""
@@ -199,6 +190,7 @@ class ReplayBuffer:
     def load_state_dict(self, state):
         self.storage[:, : state["storage"].shape[1]] = state["storage"]
         self.added.copy_(state["added"])
+        self.count.copy_(self.added.clamp(max=self.storage.shape[1]))
 
 
 class StackedLinear(nn.Module):
@@ -315,18 +307,17 @@ class Agent(nn.Module):
         self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))
         self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
-        self.register_buffer("counts", torch.zeros(2, dtype=torch.long))  # fits, updates
         self.beta = args.beta
         self.to(args.device)
 
-        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
         groups = [{"params": layer.weight, "weight_decay": d} for layer, d in zip(self.model.layers, decay, strict=True)]
         others = [p for name, p in self.model.named_parameters() if "weight" not in name]
+        adam = torch.optim.Adam
         self.opts = {
-            "actor": adam([*self.actor.parameters(), self.log_alpha]),
-            "critic": adam(self.critic.parameters()),
-            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], lr=args.model_learning_rate),
+            "actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, fused=True),
+            "critic": adam(self.critic.parameters(), args.learning_rate, fused=True),
+            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate, fused=True),
         }
         if args.compile:
             for name in ("critic_loss", "actor_loss", "model_loss"):
@@ -350,16 +341,9 @@ class Agent(nn.Module):
             return self.known_termination(obs, action, next_obs).reshape(*obs.shape[:-1], 1).float()
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
-    @torch.no_grad()
-    def set_scales(self, data):
-        """Take scales and ranges from replayed columns (trials, n, ·)."""
-        obs, action, reward, next_obs, terminated, _ = data
-        self.inputs.fit(torch.cat([obs, action], -1))
-        self.targets.fit(torch.cat([next_obs - obs, reward], -1))
-        self.states.fit(next_obs)
-        self.state_range[0] = torch.minimum(obs.amin(1, keepdim=True), next_obs.amin(1, keepdim=True))
-        self.state_range[1] = torch.maximum(obs.amax(1, keepdim=True), next_obs.amax(1, keepdim=True))
-        self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+    def moments(self, obs, action, members=...):
+        """Mean and log-variance of p and q over normalised (Δobs, reward): (2, *members, trials, n, obs_dim + 1)."""
+        return self.model(self.inputs(torch.cat([obs, action], -1)), members)
 
     @torch.no_grad()
     def transition_weights(self, data):
@@ -372,19 +356,11 @@ class Agent(nn.Module):
         weights = torch.cat(weights, 1)
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
-    @torch.no_grad()
-    def start_posterior(self):
-        """q starts at p, with p's Adam moments, so that their KL measures the tilt and nothing else."""
-        for parameter in self.model.parameters():
-            moments = self.opts["model"].state[parameter]
-            for tensor in (parameter, *(moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments)):
-                tensor[1] = tensor[0]
-
     def model_loss(self, batch, weights):
         """Losses of p, q and termination on one minibatch per member: (ensemble, trials, n, ·), weights (…, n, 1)."""
         obs, action, reward, next_obs, terminated, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        mean, log_var = self.model(self.inputs(torch.cat([obs, action], -1)))  # (2, ensemble, trials, n, out)
+        mean, log_var = self.moments(obs, action)  # (2, ensemble, trials, n, out)
         prior_nll, posterior_nll = ((target - mean).square() * (-log_var).exp() + log_var).unbind(0)
         loss = prior_nll.mean((-2, -1)).sum()  # eq. (10)
         loss = loss + (weights * posterior_nll).mean((-2, -1)).sum()  # eq. (11)
@@ -392,25 +368,26 @@ class Agent(nn.Module):
         logit = self.terminator(self.states(next_obs[0]))
         return loss + F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="none").mean((-2, -1)).sum()
 
-    @torch.no_grad()
-    def model_errors(self, buffer, rows):
-        """Squared errors of p and q in units of the targets' variance: (2, ensemble, trials)."""
-        obs, action, reward, next_obs, *_ = buffer.storage[:, rows].split(buffer.widths, -1)
-        mean, _ = self.model(self.inputs(torch.cat([obs, action], -1)))
-        return (mean - self.targets(torch.cat([next_obs - obs, reward], -1))).square().mean((-2, -1))
-
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, int(buffer.count), (self.args.ensemble_size, self.args.trials)
-        data = buffer.storage[:, :count].split(buffer.widths, -1)
-        self.set_scales(data)
-        weights = self.transition_weights(data)
-        if args.posterior_init == "prior":
-            self.start_posterior()
+        data = obs, action, reward, next_obs, terminated, _ = buffer.storage[:, :count].split(buffer.widths, -1)
+        self.inputs.fit(torch.cat([obs, action], -1))
+        self.targets.fit(torch.cat([next_obs - obs, reward], -1))
+        self.states.fit(next_obs)
+        self.state_range[0] = torch.minimum(obs.amin(1, keepdim=True), next_obs.amin(1, keepdim=True))
+        self.state_range[1] = torch.maximum(obs.amax(1, keepdim=True), next_obs.amax(1, keepdim=True))
+        self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+        weights, first_fit = self.transition_weights(data), not self.opts["model"].state
+        if args.posterior_init == "prior":  # q starts at p, with p's Adam moments
+            for parameter in self.model.parameters():
+                for tensor in (parameter.data, *self.opts["model"].state.get(parameter, {}).values()):
+                    if tensor.ndim:
+                        tensor[1] = tensor[0]
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), device=args.device)  # (ensemble, trials, num_train)
         bootstrap += bootstrap // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
-        batches = max(args.epochs * num_train // args.batch_size, 1 if self.counts[0] else args.min_first_batches)
+        batches = max(args.epochs * num_train // args.batch_size, args.min_first_batches if first_fit else 1)
         for _ in range(min(batches, args.max_batches)):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
@@ -418,24 +395,34 @@ class Agent(nn.Module):
             self.opts["model"].zero_grad()
             loss.backward()
             self.opts["model"].step()
-        held_out = torch.arange(0, count, HOLD_OUT_EVERY * math.ceil(count / HOLD_OUT_EVERY / HOLD_OUT_MAX))
-        prior_error, posterior_error = self.model_errors(buffer, held_out.to(args.device))
-        self.elites.copy_(prior_error.topk(args.num_elites, dim=0, largest=False).indices)
-        self.counts[0] += 1
+        return self.assess(buffer, weights)
 
+    def hold_out_errors(self, buffer):
+        """Squared errors of p and q in units of the targets' variance: (2, ensemble, trials)."""
+        held_out = buffer.storage[:, : int(buffer.count) : HOLD_OUT_EVERY]
+        held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
+        obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
+        target = self.targets(torch.cat([next_obs - obs, reward], -1))
+        return (self.moments(obs, action)[0] - target).square().mean((-2, -1))
+
+    @torch.no_grad()
+    def assess(self, buffer, weights):
+        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
+        prior_error, posterior_error = self.hold_out_errors(buffer)
+        self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
         obs, action, _, next_obs, terminated, _ = buffer.sample(1000).split(buffer.widths, -1)
         imagined_obs, _, imagined_end, _ = self.predict(obs, action)
         gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
         sample_size = 1 / weights.square().mean((-2, -1))
         return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
                 "model/optimism_gap": gap.mean((-2, -1)), "model/effective_sample_size": sample_size,
-                "model/kl": self.divergence(obs)}  # fmt: skip
+                "model/kl": self.divergence(obs)}
 
     @torch.no_grad()
     def divergence(self, obs):
         """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
-        x = self.inputs(torch.cat([obs, self.actor.sample(obs)[0]], -1))
-        mean, log_var = self.model(x, (slice(None), self.elites, range(len(obs))))  # (2, elites, trials, n, out)
+        # mean, log_var: (2, elites, trials, n, out)
+        mean, log_var = self.moments(obs, self.actor.sample(obs)[0], (slice(None), self.elites, range(len(obs))))
         if self.args.kl_estimator == "mixture":
             mean, log_var = (moment.unsqueeze(1) for moment in moment_match(mean, log_var, 1))
         kl = gaussian_kl(mean[1], log_var[1], mean[0], log_var[0])[..., : self.obs_dim]
@@ -444,27 +431,22 @@ class Agent(nn.Module):
     @torch.no_grad()
     def predict(self, obs, action):
         """s' ~ q_φ, r ~ p_θ, P(end at s') and log q_φ/p_θ of s'; rows are dealt to the elites in equal chunks."""
-        trials, columns = range(len(obs)), []
-        for elite, o, a in zip(self.elites, obs.chunk(len(self.elites), 1), action.chunk(len(self.elites), 1)):
-            x = self.inputs(torch.cat([o, a], -1))
-            mean, log_var = self.model(x, (slice(None), elite, trials))  # (2, trials, n, out)
+        columns, chunks = [], len(self.elites)
+        for elite, o, a in zip(self.elites, obs.chunk(chunks, 1), action.chunk(chunks, 1)):
+            mean, log_var = self.moments(o, a, (slice(None), elite, range(len(o))))  # (2, trials, n, out)
             prior, posterior = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-            next_obs = o + self.targets.inverse(posterior)[..., : self.obs_dim]
-            next_obs = next_obs.clamp(*self.state_range)
-            reward, log_ratio = self.targets.inverse(prior)[..., self.obs_dim :], torch.zeros_like(o[..., :1])
-            if self.args.log_ratio_in_critic:
-                if self.args.kl_estimator == "mixture":
-                    mean, log_var = moment_match(*self.model(x, (slice(None), self.elites, trials)), 1)
-                log_density = -0.5 * ((posterior - mean).square() * (-log_var).exp() + log_var)[..., : self.obs_dim]
-                log_ratio = (log_density[1] - log_density[0]).sum(-1, keepdim=True)
+            reward = self.targets.inverse(prior)[..., self.obs_dim :]
+            next_obs = (o + self.targets.inverse(posterior)[..., : self.obs_dim]).clamp(*self.state_range)
+            log_density = -0.5 * ((posterior - mean).square() * (-log_var).exp() + log_var)[..., : self.obs_dim]
+            log_ratio = (log_density[1] - log_density[0]).sum(-1, keepdim=True)
             columns.append((next_obs, reward, self.termination(o, a, next_obs), log_ratio))
         return [torch.cat(column, 1) for column in zip(*columns)]
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
         """Branch `rollouts` short roll-outs of the variational dynamics from replayed states (Algorithm 1)."""
-        args, (start, end) = self.args, self.args.horizon_steps
-        horizon = round(np.interp(step, (start, end), (args.horizon, args.max_horizon)))
+        args = self.args
+        horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (args.horizon, args.max_horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
         for _ in range(horizon):
             action = self.actor.sample(obs)[0]
@@ -508,20 +490,19 @@ class Agent(nn.Module):
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return q.detach(), target, log_prob.detach()
 
-    def learn(self, buffer, model_buffer):
+    def learn(self, buffer, model_buffer, step):
         """All updates of one environment step, on real and imagined rows in the ratio asked for; returns metrics."""
         args, num_real = self.args, round(self.args.real_ratio * self.args.batch_size)
         rows = [source.sample(args.updates_per_step * n).unflatten(1, (args.updates_per_step, n))
-                for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]  # fmt: skip
-        for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
+                for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]
+        for i, batch in enumerate(torch.cat(rows, 2).unbind(1)):  # (trials, updates, batch, row)
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
-            self.counts[1] += 1
-            if args.prior_interval > 1 and self.counts[1] % args.prior_interval == 0:
+            if args.prior_interval > 1 and (step * args.updates_per_step + i) % args.prior_interval == 0:
                 self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
         if args.prior_interval == 1:  # κ ← ω after every update; nothing reads κ in between
             self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
-                "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.exp().flatten()}  # fmt: skip
+                "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.exp().flatten()}
 
 
 @torch.no_grad()
@@ -540,19 +521,16 @@ class Logger:
     """metrics.csv in long form (trial -1: shared by all), optionally Weights & Biases, and curve.png."""
 
     def __init__(self, args, step):
-        self.dir, path, lines = Path(args.run_dir), Path(args.run_dir) / "metrics.csv", []
-        if path.exists():  # a resumed run logs anew whatever came after its checkpoint
-            lines = [line for line in path.read_text().splitlines()[1:] if line.count(",") == 3]
-            lines = [line for line in lines if int(line.split(",")[0]) <= step]
-        path.with_suffix(".tmp").write_text("\n".join(["step,trial,metric,value", *lines, ""]))
-        os.replace(path.with_suffix(".tmp"), path)
-        self.file, self.curve = open(path, "a", buffering=1), defaultdict(dict)
-        for at, trial, metric, value in (line.split(",") for line in lines):
-            if metric == "eval/return":
-                self.curve[int(at)][int(trial)] = float(value)
+        self.path, lines = Path(args.run_dir) / "metrics.csv", []
+        if self.path.exists():  # a resumed run logs anew whatever came after its checkpoint
+            lines = [line for line in self.path.read_text().splitlines()[1:] if line.count(",") == 3]
+        lines = ["step,trial,metric,value", *(line for line in lines if int(line.split(",")[0]) <= step), ""]
+        self.path.with_suffix(".tmp").write_text("\n".join(lines))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+        self.file = open(self.path, "a", buffering=1)
         self.wandb = importlib.import_module("wandb") if args.wandb != "disabled" else None
         if self.wandb:
-            self.wandb.init(project=args.wandb_project, dir=self.dir, mode=args.wandb, config=vars(args), name=str(self.dir))
+            self.wandb.init(project=args.wandb_project, dir=args.run_dir, mode=args.wandb, config=vars(args), name=args.run_dir)
 
     def log(self, step, metrics, trials=None):
         """metrics: name -> a value per trial (of which only `trials` count) or a number; values leave the device here."""
@@ -561,8 +539,6 @@ class Logger:
             rows = dict(enumerate(values)) if isinstance(values, list) else {-1: values}
             rows = {trial: rows[trial] for trial in (rows if trials is None else trials)}
             self.file.writelines(f"{step},{trial},{name},{value:.6g}\n" for trial, value in rows.items())
-            if name == "eval/return":
-                self.curve[step] = rows
             if self.wandb:
                 each = {f"{name}/trial_{trial}": value for trial, value in rows.items()}
                 self.wandb.log({name: sum(rows.values()) / len(rows)} | each, step=step)
@@ -571,19 +547,22 @@ class Logger:
         """curve.png: mean and one standard deviation of the evaluation return over the trials."""
         from matplotlib.figure import Figure
 
-        returns = np.array([list(rows.values()) for rows in self.curve.values()])  # (evaluations, trials)
-        mean, std, figure = returns.mean(1), returns.std(1), Figure(figsize=(5, 3.5), layout="constrained")
+        curve, figure = defaultdict(list), Figure(figsize=(5, 3.5), layout="constrained")
+        for step, _, metric, value in (line.split(",") for line in self.path.read_text().splitlines()):
+            if metric == "eval/return":
+                curve[int(step)].append(float(value))
+        mean, std = np.mean([*curve.values()], 1), np.std([*curve.values()], 1)
         axes = figure.add_subplot(title=title, xlabel="environment steps per trial", ylabel="evaluation return")
-        axes.plot(list(self.curve), mean)
-        axes.fill_between(list(self.curve), mean - std, mean + std, alpha=0.3)
-        figure.savefig(self.dir / "curve.png", dpi=150)
+        axes.plot([*curve], mean)
+        axes.fill_between([*curve], mean - std, mean + std, alpha=0.3)
+        figure.savefig(self.path.with_name("curve.png"), dpi=150)
 
 
 def save(path, args, step, agent, buffers):
     """Write a checkpoint beside its place and rename it: a process killed meanwhile leaves the last one whole."""
     state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
              "opts": {name: opt.state_dict() for name, opt in agent.opts.items()}, "buffers": [b.state_dict() for b in buffers],
-             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}  # fmt: skip
+             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -626,7 +605,7 @@ def main(args):
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"script": SCRIPT}, indent=2))
     print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on {args.device}, "
-          f"{sum(p.numel() for p in agent.parameters()):,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)  # fmt: skip
+          f"{sum(p.numel() for p in agent.parameters()):,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)
 
     logger, bar = Logger(args, start), tqdm(total=args.total_steps, initial=start, disable=None, smoothing=0.01)
     stop, bad, metrics, seconds, clock = [], None, {}, defaultdict(float), time.perf_counter()
@@ -668,7 +647,7 @@ def main(args):
                 lap("fit")
                 agent.imagine(buffer, model_buffer, step)
                 lap("imagine")
-            metrics = agent.learn(buffer, model_buffer)
+            metrics = agent.learn(buffer, model_buffer, step)
             lap("update")
 
         # evaluate, log, save
@@ -693,7 +672,7 @@ def main(args):
             save(run_dir / "checkpoint.pt", args, step, agent, (buffer, model_buffer))
             obs, _ = envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as a resumed run does
             returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
-            if logger.curve:
+            if step >= args.learning_starts:
                 logger.draw(args.env_id)
             lap("save")
         if stop:

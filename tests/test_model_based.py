@@ -1,0 +1,625 @@
+"""The mathematics of beta_vmbpo.py, vmbpo.py and baselines/mbpo.py, against computations that share no code with them."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from torch import nn
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution, kl_divergence
+
+BETA, VMBPO, MBPO = load_script("beta_vmbpo"), load_script("vmbpo"), load_script("baselines/mbpo")
+VARIATIONAL, ALL = [BETA, VMBPO], [BETA, VMBPO, MBPO]
+name = lambda value: getattr(value, "SCRIPT", None)
+
+
+def build(script, obs_dim=3, action_dim=2, capacity=2000, **flags):
+    """A small agent with its two buffers, on the CPU."""
+    small = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "batch_size": 32,
+             "rollouts": 100, "updates_per_step": 3, "device": "cpu", "min_first_batches": 1, "epochs": 1}
+    args = script.Args(**small | flags)
+    buffers = [script.ReplayBuffer(args.trials, capacity, obs_dim, action_dim, "cpu") for _ in range(2)]
+    return script.Agent(args, obs_dim, action_dim), *buffers
+
+
+def fill(script, buffer, n=500, seed=0, terminated=None):
+    """Transitions of a random linear system; every trial the same."""
+    generator = torch.Generator().manual_seed(seed)
+    trials, (obs_dim, action_dim, *_) = len(buffer.trial), buffer.widths
+    obs = torch.randn(1, n, obs_dim, generator=generator)
+    action = torch.rand(1, n, action_dim, generator=generator) * 2 - 1
+    mix = torch.randn(obs_dim + action_dim, obs_dim, generator=generator) * 0.3
+    next_obs = obs + torch.cat([obs, action], -1) @ mix + 0.1 * torch.randn(1, n, obs_dim, generator=generator)
+    reward = obs.sum(-1, keepdim=True) + action.square().sum(-1, keepdim=True)
+    ended = torch.zeros(1, n, 1) if terminated is None else terminated(next_obs)
+    columns = [obs, action, reward, next_obs, ended] + ([torch.zeros(1, n, 1)] if script is not MBPO else [])
+    buffer.add(*(column.expand(trials, -1, -1) for column in columns))
+    return obs, action, reward, next_obs, ended
+
+
+def trial_axis(key):
+    """Position of the trial axis in a parameter, from the end: (..., trials, in or 1, out)."""
+    return -3
+
+
+# --- the variational dynamics
+
+
+class Line(nn.Module):
+    """A critic that answers the same number everywhere."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return torch.full((2, *x.shape[:-1], 1), self.value)
+
+
+def tilted(script, k, mean, std, beta, trials=1, **flags):
+    """An agent at the one state of a bandit: s' ~ N(mean, std²), V'(s') = k s', Q = k mean, no discount of V'."""
+    flags = {"gamma": 1.0, "model_dim": 32, "ensemble_size": 3, "num_elites": 3, "batch_size": 256, "max_batches": 1000,
+             "epochs": 100, "beta": beta, "trials": trials} | flags
+    agent, buffer, _ = build(script, obs_dim=1, action_dim=1, capacity=20_000, **flags)
+    agent.value = lambda obs: k * obs
+    agent.critic = Line(k * mean)
+    next_obs = mean + std * torch.randn(1, 20_000, 1)
+    zero = torch.zeros(trials, 20_000, 1)
+    buffer.add(zero, torch.rand_like(zero), zero, next_obs.expand(trials, -1, -1), zero, zero)
+    return agent, buffer
+
+
+@pytest.mark.parametrize("beta", [2.0, 4.0])
+def test_gaussian_tilting(beta):
+    """q ∝ p exp(k s'/β) with p = N(m, s²) is N(m + k s²/β, s²), and KL(q‖p) = (k s/β)²/2."""
+    k, mean, std = 1.5, 0.7, 0.8
+    agent, buffer = tilted(BETA, k, mean, std, beta)
+    metrics = agent.fit_model(buffer)
+    normal_mean, log_var = agent.moments(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))
+    fitted_mean = agent.targets.inverse(normal_mean)[..., 0].mean((1, 2, 3))
+    fitted_std = (agent.targets.std * (0.5 * log_var).exp())[..., 0].mean((1, 2, 3))
+    assert fitted_mean[0].item() == pytest.approx(mean, abs=0.06)
+    assert fitted_mean[1].item() - fitted_mean[0].item() == pytest.approx(k * std**2 / beta, abs=0.05)
+    assert fitted_std.tolist() == pytest.approx([std, std], abs=0.06)
+    assert metrics["model/kl"].item() == pytest.approx((k * std / beta) ** 2 / 2, rel=0.35)
+
+
+def test_gaussian_tilting_up_to_the_clamp():
+    """At β = 1 a steep value is tilted only as far as exp(clamp(δ, ±4)) does, by numerical integration."""
+    k, std = 8.0, 1.0
+    agent, buffer = tilted(VMBPO, k, 0.0, std, 1.0)
+    agent.fit_model(buffer)
+    z = np.linspace(-8, 8, 200_001)
+    weight = np.exp(-(z**2) / 2) * np.exp(np.clip(k * z, -4, 4))
+    expected = (z * weight).sum() / weight.sum()
+    fitted = agent.targets.inverse(agent.moments(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))[0])[1, ..., 0].mean().item()
+    assert expected < 0.2 * k and fitted == pytest.approx(expected, abs=0.08)
+
+
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
+def test_weights_against_numpy(script):
+    """exp(clamp((r + γ (1 − terminated) V'(s') − Q(s,a)) / β, ±4)) with the smaller twin, scaled to mean 1."""
+    agent, buffer, _ = build(script, beta=0.05, gamma=0.9, entropy="none")
+    fill(script, buffer, 64, terminated=lambda s: (s[..., :1] > 0.5).float())
+    data = buffer.storage[:, :64].split(buffer.widths, -1)
+    torch.manual_seed(3)
+    weights = agent.transition_weights(data)
+    torch.manual_seed(3)
+    noise = torch.randn(1, 64, 2)
+    obs, action, reward, next_obs, terminated, _ = data
+    mean, log_std = agent.actor(next_obs)
+    next_action = torch.tanh(mean + torch.exp(log_std) * noise)
+    twins = lambda net, s, a: net(torch.cat([s, a], -1)).detach().numpy().min(0)
+    delta = reward.numpy() + 0.9 * (1 - terminated.numpy()) * twins(agent.critic_target, next_obs, next_action)
+    expected = np.exp(np.clip((delta - twins(agent.critic, obs, action)) / 0.05, -4, 4))
+    np.testing.assert_allclose(weights.numpy(), expected / expected.mean(), rtol=1e-4)
+    assert expected.max() == pytest.approx(math.exp(4)) and expected.min() == pytest.approx(math.exp(-4))
+
+
+def test_infinite_beta_is_the_prior_bit_for_bit():
+    agent, buffer, _ = build(BETA, max_batches=20, epochs=20)
+    fill(BETA, buffer)
+    agent.log_beta.data.fill_(math.inf)
+    metrics = agent.fit_model(buffer)
+    assert (agent.transition_weights(buffer.storage[:, :500].split(buffer.widths, -1)) == 1).all()
+    for key, parameter in agent.model.named_parameters():
+        assert torch.equal(parameter[0], parameter[1]), key
+    assert metrics["model/kl"].item() == 0 and metrics["model/effective_sample_size"].item() == 1
+    agent.log_beta.data.fill_(0.0)
+    agent.fit_model(buffer)
+    assert not torch.equal(*agent.model.layers[0].weight), "at β = 1 q must leave p"
+
+
+def test_own_posterior_has_a_floor(capsys):
+    """Two independent ensembles differ with all weights 1, where q started at p does not: the floor that is warned of."""
+    agent, buffer, _ = build(BETA, posterior_init="own", max_batches=50, epochs=50, kl_budget=1e-3)
+    fill(BETA, buffer)
+    agent.log_beta.data.fill_(math.inf)
+    assert agent.fit_model(buffer)["model/kl"].item() > 1e-3 and "no β can meet it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
+def test_posterior_loss_is_the_weighted_likelihood(script):
+    """(10) and (11) of one member against torch.distributions, up to the constant log 2π that is left out."""
+    agent, buffer, _ = build(script, ensemble_size=1, num_elites=1)
+    fill(script, buffer)
+    agent.inputs.fit(torch.cat(buffer.storage[:, :500].split(buffer.widths, -1)[:2], -1))
+    batch = [column.unsqueeze(0) for column in buffer.storage[:, :50].split(buffer.widths, -1)]
+    weights = torch.rand(1, 1, 50, 1)
+    with torch.no_grad():
+        zero = agent.model_loss(batch, torch.zeros_like(weights))
+        loss = agent.model_loss(batch, weights)
+    obs, action, reward, next_obs, *_ = batch
+    mean, log_var = agent.moments(obs, action)
+    target = torch.cat([next_obs - obs, reward], -1)
+    log_prob = Normal(mean[1], (0.5 * log_var[1]).exp()).log_prob(target) + 0.5 * math.log(2 * math.pi)
+    assert (loss - zero).item() == pytest.approx((-2 * weights * log_prob).mean().item(), rel=1e-4)
+
+
+def test_kl_and_moment_matching_against_distributions():
+    mean, log_var = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    p, q = (Normal(mean[i], (0.5 * log_var[i]).exp()) for i in (0, 1))
+    torch.testing.assert_close(BETA.gaussian_kl(mean[1], log_var[1], mean[0], log_var[0]), kl_divergence(q, p))
+    center, matched = BETA.moment_match(mean, log_var, 1)
+    samples = mean[:, torch.arange(5).repeat(40_000)] + (0.5 * log_var)[:, torch.arange(5).repeat(40_000)].exp() * torch.randn(2, 200_000, 4)
+    torch.testing.assert_close(center, samples.mean(1), atol=0.03, rtol=0.03)
+    torch.testing.assert_close(matched.exp(), samples.var(1), atol=0.05, rtol=0.03)
+
+
+@pytest.mark.parametrize("estimator", ["mixture", "matched"])
+def test_divergence_against_distributions(estimator):
+    """Summed over the dimensions of the state, without the reward, averaged over states (and pairs of members)."""
+    agent, buffer, _ = build(BETA, kl_estimator=estimator, trials=2, beta=0.01, epochs=10)
+    fill(BETA, buffer)
+    agent.fit_model(buffer)
+    obs = buffer.storage[:, :200, :3]
+    torch.manual_seed(5)
+    kl = agent.divergence(obs)
+    torch.manual_seed(5)
+    mean, log_var = agent.moments(obs, agent.actor.sample(obs)[0])  # (2, ensemble, trials, n, out)
+    for trial in range(2):
+        m, v = (x[:, agent.elites[:, trial], trial, :, :3].detach() for x in (mean, log_var.exp()))
+        if estimator == "mixture":
+            m, v = m.mean(1, keepdim=True), v.mean(1, keepdim=True) + m.var(1, keepdim=True, correction=0)
+        p, q = (Independent(Normal(m[i], v[i].sqrt()), 1) for i in (0, 1))
+        assert kl[trial].item() == pytest.approx(kl_divergence(q, p).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
+def test_imagined_rows_and_their_log_ratio(script):
+    """s' comes from q and r from p of one elite per chunk; log q/p of s' as torch.distributions has it."""
+    agent, buffer, _ = build(script, beta=0.05, epochs=10)
+    fill(script, buffer)
+    agent.fit_model(buffer)
+    agent.state_range[0], agent.state_range[1] = -1e6, 1e6
+    obs, action = buffer.storage[:, :4000:2, :3], buffer.storage[:, :4000:2, 3:5]
+    next_obs, reward, _, log_ratio = (column.double() for column in agent.predict(obs, action))
+    mean, log_var = (x.double().detach() for x in agent.moments(obs, action))
+    half = -(-obs.shape[1] // 2)
+    for elite, chunk in ((agent.elites[0, 0], slice(0, half)), (agent.elites[1, 0], slice(half, None))):
+        z = agent.targets(torch.cat([next_obs - obs, reward], -1))[0, chunk]
+        p, q = (Normal(mean[i, elite, 0, chunk], (0.5 * log_var[i, elite, 0, chunk]).exp()) for i in (0, 1))
+        expected = (q.log_prob(z) - p.log_prob(z))[:, :3].sum(-1)
+        torch.testing.assert_close(log_ratio[0, chunk, 0], expected, atol=1e-2, rtol=1e-2)
+        standard = torch.cat([((z - q.mean) / q.stddev)[:, :3], ((z - p.mean) / p.stddev)[:, 3:]], -1)
+        assert standard.mean(0).abs().max() < 0.3 and (standard.std(0) - 1).abs().max() < 0.2
+
+
+# --- dual descent
+
+
+def test_sign_and_size_of_the_dual_step():
+    """log β rises while KL > ε, falls while KL < ε, by lr times the clipped relative violation; each trial for itself."""
+    agent, *_ = build(BETA, trials=3, beta=10.0, kl_budget=0.1, beta_lr=0.5)
+    agent.kl.copy_(torch.tensor([0.15, 0.05, 100.0]))
+    agent.update_beta()
+    assert (agent.log_beta - math.log(10)).flatten().tolist() == pytest.approx([0.25, -0.25, 0.5], abs=1e-5)
+
+
+def test_adam_dual_step_descends_equation_9():
+    """Its gradient is that of β ε − β KL in log β, by finite differences; Adam's first step has that sign and size lr."""
+    agent, *_ = build(BETA, trials=2, beta=10.0, kl_budget=0.1, beta_lr=0.01, dual_step="adam")
+    agent.kl.copy_(torch.tensor([0.3, 0.02]))
+    loss = lambda log_beta, kl: math.exp(log_beta) * 0.1 - math.exp(log_beta) * kl
+    agent.update_beta()
+    for trial, kl in enumerate([0.3, 0.02]):
+        slope = (loss(math.log(10) + 1e-5, kl) - loss(math.log(10) - 1e-5, kl)) / 2e-5
+        assert agent.log_beta.grad[trial].item() == pytest.approx(slope, rel=1e-3)
+        assert agent.log_beta[trial].item() - math.log(10) == pytest.approx(-math.copysign(0.01, slope), rel=1e-2)
+
+
+def test_beta_stays_within_its_clamp():
+    agent, *_ = build(BETA, beta_lr=100.0)
+    for kl, end in ((10.0, 1e7), (0.0, 1e-2)):
+        agent.kl.fill_(kl)
+        agent.update_beta()
+        assert agent.beta.item() == pytest.approx(end, rel=1e-4)
+
+
+def test_dual_fixed_point_from_every_start():
+    """For the tilted Gaussian KL = (k s/β)²/2: the fixed point is β* = k s/√(2ε), here with the analytic KL."""
+    agent, *_ = build(BETA, trials=4, kl_budget=0.1)
+    agent.log_beta.data.copy_(torch.tensor([1.0, 10.0, 100.0, 1000.0]).log().view(4, 1, 1))
+    for _ in range(6000):
+        agent.kl.copy_((1.5 * 0.8 / agent.beta).square().flatten() / 2)
+        agent.update_beta()
+    assert agent.beta.flatten().tolist() == pytest.approx([1.5 * 0.8 / math.sqrt(0.2)] * 4, rel=1e-2)
+
+
+def test_fits_and_dual_steps_together_reach_the_fixed_point():
+    """The same with fitted ensembles: three trials start at β = 1, 10 and 100 and end near k s/√(2ε)."""
+    agent, buffer = tilted(BETA, 1.0, 0.0, 1.0, 1.0, trials=3, max_batches=100, model_dim=16, kl_budget=0.1, beta_lr=0.02)
+    agent.log_beta.data.copy_(torch.tensor([1.0, 10.0, 100.0]).log().view(3, 1, 1))
+    trace = []
+    for _ in range(45):
+        agent.fit_model(buffer)
+        for _ in range(10):
+            agent.update_beta()
+        trace.append(agent.log_beta.detach().flatten().clone())
+    ended = torch.stack(trace[-10:]).mean(0).exp()
+    assert (ended / (1 / math.sqrt(0.2))).log().abs().max() < math.log(1.5), ended
+
+
+# --- actor and critic
+
+
+def test_squashed_gaussian_density():
+    """log-probabilities against torch.distributions; entropy against the integral of a density that integrates to one."""
+    actor = BETA.Actor((1,), (3, 16, 4))
+    obs = torch.randn(1, 400, 3)
+    torch.manual_seed(1)
+    action, log_prob = actor.sample(obs)
+    mean, log_std = actor(obs)
+    reference = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
+    torch.testing.assert_close(log_prob, reference.log_prob(action).sum(-1, keepdim=True), atol=2e-3, rtol=1e-3)
+    actor = BETA.Actor((1,), (1, 4, 2)).double()
+    with torch.no_grad():
+        _, log_prob = actor.sample(torch.zeros(1, 400_000, 1, dtype=torch.double))
+        mean, log_std = actor(torch.zeros(1, 1, 1, dtype=torch.double))
+    u = torch.linspace(-9, 9, 400_001, dtype=torch.double)  # the grid is even before the tanh: the density may be steep at ±1
+    density = Normal(mean, log_std.exp()).log_prob(u).exp().flatten() / (1 - u.tanh() ** 2)
+    entropy = -torch.trapezoid(density * density.log(), u.tanh())
+    assert torch.trapezoid(density, u.tanh()).item() == pytest.approx(1, abs=1e-4)
+    assert -log_prob.mean().item() == pytest.approx(entropy.item(), abs=0.01)
+
+
+class PlainSAC:
+    """Soft actor-critic with torch.nn and an unfused Adam, from weights of one trial of an agent."""
+
+    def __init__(self, agent, script):
+        self.args, self.entropy_target = agent.args, agent.target_entropy
+        self.actor = self.plain(agent.actor, 0)
+        self.critics = [self.plain(agent.critic, i, 0) for i in (0, 1)]
+        self.targets = copy.deepcopy(self.critics)
+        self.log_alpha = torch.zeros((), requires_grad=True)
+        self.critic_opt = torch.optim.Adam([p for net in self.critics for p in net.parameters()], agent.args.learning_rate)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), agent.args.learning_rate)
+        self.alpha_opt = torch.optim.Adam([self.log_alpha], agent.args.learning_rate)
+
+    @staticmethod
+    def plain(mlp, *index):
+        layers = []
+        for layer in mlp.layers:
+            linear = nn.Linear(*layer.weight.shape[-2:])
+            linear.weight.data.copy_(layer.weight[index].T)
+            linear.bias.data.copy_(layer.bias[index][0])
+            layers += [linear, nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    def act(self, obs):
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        base = Normal(mean, log_std.clamp(-5, 2).exp())
+        u = base.mean + base.stddev * torch.randn(1, *mean.shape)[0]
+        return u.tanh(), (base.log_prob(u) - torch.log(1 - u.tanh() ** 2)).sum(-1, keepdim=True)
+
+    def update(self, obs, action, reward, next_obs, terminated, penalty):
+        alpha = self.log_alpha.exp().detach()
+        with torch.no_grad():
+            next_action, next_log_prob = self.act(next_obs)
+            next_q = torch.min(*(net(torch.cat([next_obs, next_action], -1)) for net in self.targets))
+            bonus = 0 if self.args.entropy == "none" else alpha * next_log_prob
+            target = reward - penalty + self.args.gamma * (1 - terminated) * (next_q - bonus)
+        loss = sum(((net(torch.cat([obs, action], -1)) - target) ** 2).mean() for net in self.critics)
+        self.critic_opt.zero_grad()
+        loss.backward()
+        self.critic_opt.step()
+        sampled, log_prob = self.act(obs)
+        q = torch.min(*(net(torch.cat([obs, sampled], -1)) for net in self.critics))
+        loss = ((alpha * log_prob if self.args.entropy == "both" else 0) - q).mean()
+        self.actor_opt.zero_grad()
+        loss.backward()
+        self.actor_opt.step()
+        loss = (self.log_alpha.exp() * (-log_prob.detach() - self.entropy_target)).mean()
+        self.alpha_opt.zero_grad()
+        loss.backward()
+        self.alpha_opt.step()
+        for target_net, net in zip(self.targets, self.critics):
+            for old, new in zip(target_net.parameters(), net.parameters()):
+                old.data.copy_((1 - self.args.tau) * old.data + self.args.tau * new.data)
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+@pytest.mark.parametrize("flags", [{"entropy": "both"}, {"entropy": "critic"}, {"entropy": "none"}, {"log_ratio_in_critic": True, "beta": 0.7}], ids=str)
+def test_three_updates_equal_plain_sac(script, flags):
+    """Critics, target critics, actor and α after three updates; with the log-ratio, β log q/p is subtracted."""
+    if script is MBPO:
+        flags = {key: value for key, value in flags.items() if key == "entropy"}
+    agent, buffer, _ = build(script, learning_rate=1e-2, gamma=0.9, tau=0.1, **flags)
+    fill(script, buffer, 32, terminated=lambda s: (s[..., :1] > 0.5).float())
+    reference = PlainSAC(agent, script)
+    for seed in range(3):
+        columns = list(buffer.storage[:, :32].split(buffer.widths, -1))
+        penalty = torch.zeros(32, 1)
+        if script is not MBPO:
+            columns[5] = torch.randn(1, 32, 1, generator=torch.Generator().manual_seed(seed))
+            penalty = 0.7 * columns[5][0] if flags.get("log_ratio_in_critic") else penalty
+        torch.manual_seed(seed)
+        agent.update(columns)
+        torch.manual_seed(seed)
+        reference.update(*(column[0] for column in columns[:5]), penalty)
+    pairs = [(agent.actor, (0,), reference.actor)]
+    pairs += [(agent.critic, (i, 0), reference.critics[i]) for i in (0, 1)]
+    pairs += [(agent.critic_target, (i, 0), reference.targets[i]) for i in (0, 1)]
+    for mlp, index, net in pairs:
+        for layer, linear in zip(mlp.layers, net[::2]):
+            torch.testing.assert_close(layer.weight[index].T, linear.weight, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(layer.bias[index][0], linear.bias, atol=2e-5, rtol=1e-4)
+    assert agent.log_alpha.item() == pytest.approx(reference.log_alpha.item(), abs=1e-5) and agent.log_alpha.item() != 0
+
+
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
+def test_prior_policy_regularises_the_actor(script):
+    """The loss (13) gains β KL(q_ω ‖ π_κ), which is zero with zero gradient where κ = ω: why it is skipped at interval 1."""
+    agent, buffer, _ = build(script, prior_interval=5, beta=3.0)
+    obs = torch.randn(1, 64, 3)
+
+    def loss_of(interval):
+        agent.args.prior_interval = interval
+        torch.manual_seed(2)
+        agent.zero_grad()
+        loss = agent.actor_loss(obs)[0]
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in agent.actor.parameters()]
+
+    (plain, plain_grad), (same, same_grad) = loss_of(1), loss_of(5)
+    torch.testing.assert_close(plain, same)
+    for one, other in zip(plain_grad, same_grad):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    agent.prior_actor.load_state_dict(script.Actor((1,), (3, 16, 16, 4)).state_dict())
+    (mean, log_std), (prior_mean, prior_log_std) = agent.actor(obs), agent.prior_actor(obs)
+    kl = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp())).sum(-1).mean()
+    assert (loss_of(5)[0] - loss_of(1)[0]).item() == pytest.approx(3 * kl.item(), rel=1e-4) and kl > 0
+
+
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
+@pytest.mark.parametrize("interval", [1, 4])
+def test_prior_policy_is_copied_at_its_interval(script, interval):
+    agent, buffer, model_buffer = build(script, prior_interval=interval, updates_per_step=1, real_ratio=1.0)
+    fill(script, buffer)
+    equal = []
+    for step in range(1, 9):
+        agent.learn(buffer, model_buffer, step)
+        equal.append(all(torch.equal(a, b) for a, b in zip(agent.actor.parameters(), agent.prior_actor.parameters())))
+    assert equal == [step % interval == 0 for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_no_gradient_leaks(script):
+    """Fits leave actor and critics alone; the actor's step leaves the critics' gradients alone; targets have none."""
+    agent, buffer, model_buffer = build(script)
+    fill(script, buffer)
+    agent.fit_model(buffer)
+    agent.imagine(buffer, model_buffer, 0)
+    for part in (agent.actor, agent.critic, agent.critic_target):
+        assert all(parameter.grad is None for parameter in part.parameters())
+    before = [parameter.detach().clone() for parameter in agent.critic_target.parameters()]
+    model = [parameter.detach().clone() for parameter in agent.model.parameters()]
+    batch = buffer.sample(32).split(buffer.widths, -1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        target = batch[2] + agent.args.gamma * agent.value(batch[3])
+    loss, _ = agent.critic_loss(batch[0], batch[1], target)
+    expected = torch.autograd.grad(loss, list(agent.critic.parameters()))
+    torch.manual_seed(1)
+    agent.update(batch)
+    for parameter, gradient in zip(agent.critic.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert all(parameter.grad is None for parameter in agent.critic_target.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model, agent.model.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before, agent.critic_target.parameters()))
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+@pytest.mark.parametrize("ratio, real", [(0.05, 13), (0.0, 0), (1.0, 256), (0.5, 128)])
+def test_batches_mix_real_and_imagined_rows(script, ratio, real):
+    agent, buffer, model_buffer = build(script, real_ratio=ratio, batch_size=256, updates_per_step=4, trials=2)
+    buffer.add(torch.ones(2, 50, sum(buffer.widths)))
+    model_buffer.add(torch.full((2, 50, sum(buffer.widths)), 2.0))
+    seen, update = [], agent.update
+    agent.update = lambda batch: seen.append(batch) or update(batch)
+    agent.learn(buffer, model_buffer, *([] if script is MBPO else [0]))
+    assert len(seen) == 4
+    for batch in seen:
+        rows = torch.cat(batch, -1)
+        assert rows.shape[:2] == (2, 256) and (rows.amin(-1) == rows.amax(-1)).all()
+        assert ((rows[..., 0] == 1).sum(1) == real).all() and ((rows[..., 0] == 2).sum(1) == 256 - real).all()
+
+
+# --- dynamics
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_members_see_their_own_bootstraps(script):
+    """Each member (and trial) draws from its own resample of the training rows, and never from the held-out ones."""
+    agent, buffer, _ = build(script, trials=2, batch_size=64, epochs=60, max_batches=200)
+    index = torch.arange(200.0).view(1, 200, 1).expand(2, -1, -1)
+    width = sum(buffer.widths) - 1
+    buffer.add(index, torch.rand(2, 200, width).mul(torch.tensor([1.0] * width)).clamp(max=0.9).round(decimals=3) * 0.1)
+    seen, loss = [], agent.model_loss
+    agent.model_loss = lambda batch, *weights: seen.append(batch[0][..., 0].long()) or loss(batch, *weights)
+    agent.fit_model(buffer)
+    rows = torch.cat(seen, -1)  # (ensemble, trials, draws)
+    sets = [frozenset(rows[member, trial].tolist()) for member in range(3) for trial in range(2)]
+    assert len(set(sets)) == 6 and not any(row % 5 == 0 for drawn in sets for row in drawn)
+    for drawn in sets:  # a bootstrap of n rows holds n (1 − 1/e) distinct ones, here 101 of 160, give or take 4 × 5
+        assert abs(len(drawn) - 160 * (1 - math.exp(-1))) < 20
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_dynamics_learn_a_linear_system(script):
+    """Mean and noise of p on fresh states of a known system; elites are the members with the lowest hold-out error."""
+    agent, buffer, _ = build(script, epochs=100, max_batches=1500, batch_size=128, model_dim=32, beta=1e7, num_elites=2) if script is not MBPO \
+        else build(script, epochs=100, max_batches=1500, batch_size=128, model_dim=32, num_elites=2)
+    _, _, _, next_obs, _ = fill(script, buffer, 2000)
+    metrics = agent.fit_model(buffer)
+    obs, action, reward, next_obs, *_ = buffer.storage[:, :2000].split(buffer.widths, -1)
+    noise = 0.1 / agent.targets.std[0, 0, :3]  # the system's noise in units of the normalised target
+    assert metrics["model/prior_error"].item() < 0.5 * noise.square().mean().item() + 0.05
+    _, log_var = agent.moments(obs, action)
+    log_var = log_var if script is MBPO else log_var[0]
+    torch.testing.assert_close((0.5 * log_var[..., :3]).exp().mean((0, 1, 2)), noise, rtol=0.3, atol=0.02)
+    error = agent.hold_out_errors(buffer)
+    error = (error if script is MBPO else error[0])[:, 0]
+    assert sorted(agent.elites[:, 0].tolist()) == sorted(error.argsort()[:2].tolist())
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_log_variance_bounds_are_learned(script):
+    """Their gradient includes the penalty, 0.01 per ensemble, and they keep the log-variance between them."""
+    agent, buffer, _ = build(script)
+    fill(script, buffer)
+    before = [agent.model.max_log_var.detach().clone(), agent.model.min_log_var.detach().clone()]
+    mean, log_var = agent.model(100 * torch.randn(1000, 5))
+    assert (log_var < before[0] + 1e-3).all() and (log_var > before[1] - 1e-3).all()
+    agent.fit_model(buffer)
+    assert (agent.model.max_log_var != before[0]).all() and (agent.model.min_log_var != before[1]).all()
+    agent.zero_grad()
+    batch = [column.unsqueeze(0).expand(3, -1, -1, -1) for column in buffer.storage[:, :50].split(buffer.widths, -1)]
+    agent.model_loss(batch, *([] if script is MBPO else [torch.zeros(3, 1, 50, 1)])).backward()
+    if script is not MBPO:  # with weights 0 the penalty is all that moves q's bounds
+        torch.testing.assert_close(agent.model.max_log_var.grad[1], torch.full_like(before[0][1], 0.01 / 3))
+        torch.testing.assert_close(agent.model.min_log_var.grad[1], torch.full_like(before[0][1], -0.01 / 3))
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_termination_is_learned(script):
+    """A rule |s₀| > 1 is recovered from data; where no episode has ended the continuation factor is exactly 1."""
+    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=1500, epochs=1500, batch_size=256, ensemble_size=1, num_elites=1)
+    rule = lambda s: (s[..., :1].abs() > 1).float()
+    fill(script, buffer, 2000, terminated=rule)
+    agent.fit_model(buffer)
+    fresh = torch.randn(1, 2000, 2)
+    ended = agent.termination(fresh, None, fresh)
+    assert ((ended > 0.5).float() == rule(fresh)).float().mean() > 0.95
+    buffer.storage[..., 6] = 0 * buffer.storage[..., 6]
+    buffer.storage[..., sum(buffer.widths[:4])] = 0
+    agent.fit_model(buffer)
+    assert (agent.termination(fresh, None, fresh) == 0).all()
+
+
+def ends_above_two(obs, action, next_obs):
+    return next_obs[..., 0] > 2
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_known_termination_replaces_the_learned_one(script):
+    agent, buffer, model_buffer = build(script, termination_fn="test_model_based:ends_above_two")
+    fill(script, buffer)
+    agent.fit_model(buffer)
+    agent.imagine(buffer, model_buffer, 0)
+    columns = model_buffer.storage[:, :100].split(buffer.widths, -1)
+    assert torch.equal(columns[4], (columns[3][..., :1] > 2).float())
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_imagination_stays_in_range_and_follows_its_schedule(script):
+    agent, buffer, model_buffer = build(script, max_horizon=5, horizon_from=100, horizon_until=200, rollouts=20)
+    obs, _, _, next_obs, _ = fill(script, buffer)
+    agent.fit_model(buffer)
+    agent.targets.std *= 100  # wild predictions
+    for step, steps in ((0, 1), (100, 1), (150, 3), (200, 5), (10_000, 5)):
+        before = int(model_buffer.added)
+        agent.imagine(buffer, model_buffer, step)
+        assert int(model_buffer.added) - before == 20 * steps
+    imagined = model_buffer.storage[:, :100].split(buffer.widths, -1)[3]
+    both = torch.cat([obs, next_obs], 1)
+    assert (imagined >= both.amin(1) - 1e-5).all() and (imagined <= both.amax(1) + 1e-5).all()
+    assert (imagined == both.amax(1)).any(), "nothing was clipped: the test shows nothing"
+
+
+def test_mbpo_stops_early_when_the_hold_out_error_no_longer_falls():
+    agent, buffer, _ = build(MBPO, epochs=0, max_batches=100_000, batch_size=128)
+    fill(MBPO, buffer, 500)
+    count, loss = [], agent.model_loss
+    agent.model_loss = lambda batch: count.append(1) or loss(batch)
+    agent.fit_model(buffer)
+    epoch = math.ceil(400 / 128)
+    assert 6 * epoch <= len(count) < 4000 and len(count) % epoch == 0
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_number_of_minibatches(script):
+    """Five passes, at least min_first_batches in the first fit, at most max_batches in any."""
+    agent, buffer, _ = build(script, epochs=5, min_first_batches=60, max_batches=70, batch_size=32)
+    count, loss = [], agent.model_loss
+    agent.model_loss = lambda *a: count.append(1) or loss(*a)
+    for rows, expected in ((100, 60), (100, 5 * 160 // 32), (400, 70)):
+        fill(script, buffer, rows)
+        count.clear()
+        agent.fit_model(buffer)
+        assert len(count) == expected
+
+
+# --- buffer and trials
+
+
+def test_buffer_wraps_and_samples_every_row():
+    buffer = BETA.ReplayBuffer(2, 10, 1, 1, "cpu")
+    row = lambda first, n: torch.arange(first, first + n).float().view(1, n, 1).expand(2, n, 6)
+    buffer.add(row(0, 7))
+    assert int(buffer.count) == 7 and set(buffer.sample(2000)[0, :, 0].tolist()) == set(range(7))
+    buffer.add(row(7, 7))
+    assert int(buffer.count) == 10 and sorted(buffer.storage[1, :, 0].tolist()) == list(range(4, 14))
+    other = BETA.ReplayBuffer(2, 10, 1, 1, "cpu")
+    other.load_state_dict(buffer.state_dict())
+    other.add(row(14, 1))
+    buffer.add(row(14, 1))
+    assert torch.equal(other.storage, buffer.storage) and sorted(buffer.storage[0, :, 0].tolist()) == list(range(5, 15))
+    drawn = buffer.sample(20_000)[0, :, 0]
+    counts = torch.bincount(drawn.long())[5:]
+    assert len(counts) == 10 and (counts - 2000).abs().max() < 250  # five standard deviations
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_trials_do_not_feel_each_other(script):
+    """Changing the second trial's data leaves every bit of the first trial's parameters as it was."""
+    agents = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        budget = {"kl_budget": 50.0, "beta": 1.0, "beta_lr": 1.0} if script is BETA else {}  # so wide that no step is clipped
+        agent, buffer, model_buffer = build(script, trials=2, **budget)
+        fill(script, buffer, terminated=lambda s: (s[..., :1] > 0.5).float())
+        if changed:
+            buffer.storage[1] = buffer.storage[1].flip(0) * 3 + 1
+            buffer.storage[1, :, sum(buffer.widths[:4])] = 1
+        for step in range(3):
+            agent.fit_model(buffer)
+            agent.imagine(buffer, model_buffer, 0)
+            agent.learn(buffer, model_buffer, *([] if script is MBPO else [step]))
+            if script is BETA:
+                agent.update_beta()
+        agents.append(agent)
+    for (key, one), (_, other) in zip(agents[0].named_parameters(), agents[1].named_parameters()):
+        assert torch.equal(one.select(-3, 0), other.select(-3, 0)), key
+        assert not torch.equal(one.select(-3, 1), other.select(-3, 1)), f"{key} does not depend on the data"
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_trials_start_differently(script):
+    agent, *_ = build(script, trials=2)
+    for key, parameter in agent.named_parameters():
+        if key.endswith("weight"):
+            flat = parameter.detach().flatten(0, -3)
+            assert len({tuple(matrix.flatten().tolist()) for matrix in flat}) == len(flat), key
