@@ -1,8 +1,8 @@
 """Checks tabular_risk.py against closed forms, brute force over policies and trajectories, and plain dense loops."""
 
+import csv
 import itertools
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,10 +18,10 @@ BETAS = (-30.0, -2.0, -0.5, 0.3, 1.0, 4.0, 100.0)
 
 def random_mdp(seed, states=5, actions=3, gamma=0.9):
     rng = np.random.default_rng(seed)
-    transition = rng.dirichlet(np.full(states, 0.5), (states, actions))
-    transition[transition < 0.02] = 0  # some successors are impossible
-    transition /= transition.sum(-1, keepdims=True)
-    return tr.make_mdp(rng.uniform(-1, 1, (states, actions)), rng.dirichlet(np.ones(states)), transition, gamma=gamma)
+    after = rng.dirichlet(np.full(states, 0.5), (states, actions))
+    after[after < 0.02] = 0  # some successors are impossible
+    after /= after.sum(-1, keepdims=True)
+    return tr.make_mdp(rng.uniform(-1, 1, (states, actions)), rng.dirichlet(np.ones(states)), after, gamma=gamma)
 
 
 def random_policy(rng, mdp):
@@ -30,17 +30,17 @@ def random_policy(rng, mdp):
 
 def plain_evaluation(mdp, policy, beta, sweeps=400):
     """V of eq. (15) on dense arrays with scaled rewards, as the paper writes it; returned in reward units."""
-    transition, q = mdp.transition, np.zeros(mdp.reward.shape)
+    dynamics, q = transition(mdp), np.zeros(mdp.reward.shape)
     for _ in range(sweeps):
-        expected = np.einsum("sat,tb,tb->sa", transition, policy, np.exp(q))
+        expected = np.einsum("sat,tb,tb->sa", dynamics, policy, np.exp(q))
         q = mdp.reward / beta + mdp.gamma * np.log(expected)
     return beta * np.log((policy * np.exp(q)).sum(1))
 
 
 def plain_value_iteration(mdp, sweeps=600):
-    value = np.zeros(len(mdp.start))
+    value, dynamics = np.zeros(len(mdp.start)), transition(mdp)
     for _ in range(sweeps):
-        value = (mdp.reward + mdp.gamma * mdp.transition @ value).max(1)
+        value = (mdp.reward + mdp.gamma * dynamics @ value).max(1)
     return value
 
 
@@ -59,10 +59,14 @@ def trajectories(mdp, dynamics, policy, horizon):
 
 def dense(mdp, q):
     """Posterior over successor places (S, A, K) as a dense array (S, A, S)."""
-    out = np.zeros(mdp.transition.shape)
+    out = np.zeros((*mdp.reward.shape, len(mdp.start)))
     for s, a, k in np.ndindex(q.shape):
         out[s, a, mdp.successor[s, a, k]] += q[s, a, k]
     return out
+
+
+def transition(mdp):
+    return dense(mdp, mdp.probability)
 
 
 # ---------------------------------------------------------------- the risky arm (Fig. 1)
@@ -199,7 +203,7 @@ def test_negative_beta_needs_the_minimum_in_lemma_4_1():
 def test_log_marginal_is_the_sum_over_trajectories(beta):
     mdp, horizon = random_mdp(7, states=3, actions=2), 5
     policy = random_policy(np.random.default_rng(4), mdp)
-    found = trajectories(mdp, lambda t: mdp.transition, policy, horizon)
+    found = trajectories(mdp, lambda t: transition(mdp), policy, horizon)
     assert math.fsum(p for p, _, _ in found) == pytest.approx(1)
     brute = beta * math.log(math.fsum(p * math.exp(total / beta) for p, total, _ in found))
     assert tr.log_marginal(mdp, policy, beta, horizon)[0] == pytest.approx(brute, abs=1e-10)
@@ -208,9 +212,9 @@ def test_log_marginal_is_the_sum_over_trajectories(beta):
 def test_discounted_operator_is_not_the_log_marginal():
     """Counterexample: with γ < 1 the value of eq. (15) exceeds β log E exp(Σ γ^t r / β), by Jensen for β > 0."""
     beta, gamma = 1.0, 0.5
-    transition = np.zeros((4, 1, 4))
-    transition[0, 0, [1, 2]], transition[[1, 2, 3], 0, 3] = 0.5, 1
-    mdp = tr.make_mdp([[0.0], [2.0], [0.0], [0.0]], 0, transition, terminal=[0, 0, 0, 1], gamma=gamma)
+    after = np.zeros((4, 1, 4))
+    after[0, 0, [1, 2]], after[[1, 2, 3], 0, 3] = 0.5, 1
+    mdp = tr.make_mdp([[0.0], [2.0], [0.0], [0.0]], 0, after, terminal=[0, 0, 0, 1], gamma=gamma)
     value = tr.soft_value_iteration(mdp, beta)[0, 0]
     assert value == pytest.approx(gamma * math.log((math.exp(2) + 1) / 2))
     assert value > math.log((math.exp(2 * gamma) + 1) / 2) + 0.09
@@ -226,7 +230,7 @@ def elbo(mdp, q_dynamics, q_policy, policy, beta, horizon):
             for a, after in itertools.product(range(mdp.reward.shape[1]), range(len(mdp.start))):
                 q = q_policy(t)[s, a] * q_dynamics(t)[s, a, after]
                 if q > 0:
-                    ratio = math.log(q / (policy[s, a] * mdp.transition[s, a, after]))
+                    ratio = math.log(q / (policy[s, a] * transition(mdp)[s, a, after]))
                     step.append((p * q, reward + mdp.reward[s, a], log_ratio + ratio, after))
         paths = step
     total = math.fsum(p * (reward - beta * log_ratio) for p, reward, log_ratio, _ in paths)
@@ -239,7 +243,7 @@ def test_elbo_bounds_the_log_marginal_and_meets_it_at_the_posterior(beta):
     rng = np.random.default_rng(5)
     policy = random_policy(rng, mdp)
     start = np.eye(3)[0]  # q(τ) keeps p(s_1) in eq. (7), so the bound is tight for a single start state only
-    mdp = tr.make_mdp(mdp.reward, start, mdp.transition)
+    mdp = tr.make_mdp(mdp.reward, start, transition(mdp))
     marginal, values = tr.log_marginal(mdp, policy, beta, horizon)
     q_values = [mdp.reward + tr.posterior_dynamics(mdp, v, beta)[1] for v in values[1:]]
     q_policies = [tr.posterior_policy(q, policy, beta) for q in q_values]
@@ -248,7 +252,7 @@ def test_elbo_bounds_the_log_marginal_and_meets_it_at_the_posterior(beta):
     assert tight == pytest.approx(marginal, abs=1e-10)
     for _ in range(20):
         mix = rng.uniform(0.05, 1)
-        other = mdp.transition * rng.uniform(0.2, 1, mdp.transition.shape)
+        other = transition(mdp) * rng.uniform(0.2, 1, transition(mdp).shape)
         other /= other.sum(-1, keepdims=True)
         bound = elbo(mdp, lambda t: (1 - mix) * q_dynamics[t] + mix * other,
                      lambda t: (1 - mix) * q_policies[t] + mix * policy, policy, beta, horizon)
@@ -259,75 +263,77 @@ def test_elbo_is_not_tight_for_a_random_start():
     """Counterexample to 'tight at the posterior' in Section 3.2: eq. (7) fixes q(s_1) = p(s_1)."""
     mdp = tr.make_mdp([[1.0], [0.0]], [0.5, 0.5], np.eye(2)[:, None])
     marginal, _ = tr.log_marginal(mdp, np.ones((2, 1)), 1.0, 1)
-    best = elbo(mdp, lambda t: mdp.transition, lambda t: np.ones((2, 1)), np.ones((2, 1)), 1.0, 1)
+    best = elbo(mdp, lambda t: transition(mdp), lambda t: np.ones((2, 1)), np.ones((2, 1)), 1.0, 1)
     assert best == pytest.approx(0.5) and marginal == pytest.approx(math.log((math.e + 1) / 2)) and marginal > best + 0.1
 
 
 def test_optimal_pair_is_equal_and_deterministic():
     """Thm. 4.4 on a layered process, where the best policy does not depend on the stage."""
-    rng, horizon, beta = np.random.default_rng(6), 3, 0.7
-    transition = np.zeros((5, 2, 5))  # 0 → {1, 2} → {3} → 4, the end
-    transition[0, :, [1, 2]] = [[0.3, 0.8], [0.7, 0.2]]
-    transition[[1, 2], :, 3], transition[[3, 4], :, 4] = 1, 1
-    transition[1, 0, [2, 3]] = 0.5
-    reward = rng.uniform(-1, 1, (5, 2))
-    mdp = tr.make_mdp(reward, 0, transition, terminal=np.arange(5) == 4, gamma=1.0)
-    horizon = 4
+    rng, horizon, beta = np.random.default_rng(6), 4, 0.7
+    after = np.zeros((5, 2, 5))  # 0 → {1, 2} → {3} → 4, the end
+    after[0, :, [1, 2]] = [[0.3, 0.8], [0.7, 0.2]]
+    after[[1, 2], :, 3], after[[3, 4], :, 4] = 1, 1
+    after[1, 0, [2, 3]] = 0.5
+    mdp = tr.make_mdp(rng.uniform(-1, 1, (5, 2)), 0, after, terminal=np.arange(5) == 4, gamma=1.0)
     policy, q, _ = tr.policy_iteration(mdp, beta)
     q_policy = tr.posterior_policy(q, policy, beta)
     np.testing.assert_array_equal(q_policy, policy)
     posterior = dense(mdp, tr.posterior_dynamics(mdp, q.max(-1), beta)[0])
     optimum = elbo(mdp, lambda t: posterior, lambda t: policy, policy, beta, horizon)
     assert optimum == pytest.approx(q[0].max(), abs=1e-9)
-    live = slice(0, 4)
     everyone = [tr.log_marginal(mdp, np.eye(2)[[*c, 0]], beta, horizon)[0] for c in itertools.product(range(2), repeat=4)]
     assert optimum == pytest.approx(max(everyone), abs=1e-9)
     for _ in range(30):
         prior = random_policy(rng, mdp)
-        other_policy, other = random_policy(rng, mdp), mdp.transition * rng.uniform(0.2, 1, mdp.transition.shape)
+        other_policy, other = random_policy(rng, mdp), transition(mdp) * rng.uniform(0.2, 1, transition(mdp).shape)
         prior[4], other_policy[4] = 0.5, 0.5
         mix = rng.uniform()
         other = (1 - mix) * posterior + mix * other / other.sum(-1, keepdims=True)
         assert elbo(mdp, lambda t: other, lambda t: other_policy, prior, beta, horizon) < optimum
         assert elbo(mdp, lambda t: other, lambda t: policy, policy, beta, horizon) < optimum
         assert elbo(mdp, lambda t: posterior, lambda t: prior, prior, beta, horizon) < optimum
-        assert (prior[live] > 0).all()
 
 
 # ---------------------------------------------------------------- worlds and exact outcomes
 def test_mnm_grid_constants():
     mdp = tr.grid_world(cliff=False)
+    dynamics = transition(mdp)
     assert round(tr.value_iteration(mdp)[0].max(), 4) == 1.3875
     assert round(float(tr.real_outcome(mdp, np.full((100, 4), 0.25))[0]), 4) == 0.0101
-    assert set(np.unique(mdp.transition[0, 3].round(3))) == {0.0, 0.125, 0.25, 0.625}  # corner: two blocked moves stay
+    assert set(np.unique(dynamics[0, 3].round(3))) == {0.0, 0.125, 0.25, 0.625}  # corner: two blocked moves stay
 
 
 def test_cliff_pays_through_the_fallen_state():
     mdp, edge = tr.grid_world(cliff=True), 3  # row 0, column 3: the cliff is to the right
-    assert mdp.transition[edge, 3, 100] == pytest.approx(0.625) and mdp.transition[edge, 1, 100] == pytest.approx(0.125)
-    assert (mdp.transition[100, :, 0] == 1).all() and (mdp.reward[100] == -100).all()
-    assert mdp.reward[:100].min() == 0.001 and mdp.transition[:100].sum(0).sum(0)[[4, 5, 54, 55]].max() <= 4
+    dynamics, inside = transition(mdp), [10 * row + col for row in range(6) for col in (4, 5)]
+    outside = np.setdiff1d(np.arange(101), inside)
+    assert dynamics[edge, 3, 100] == pytest.approx(0.625) and dynamics[edge, 1, 100] == pytest.approx(0.125)
+    assert (dynamics[100, :, 0] == 1).all() and (mdp.reward[100] == -100).all() and mdp.reward[:100].min() == 0.001
+    assert dynamics[np.ix_(outside, range(4), inside)].sum() == 0  # nobody ever stands in the cliff
+    assert mdp.reward[9].tolist() == [10] * 4 and (np.delete(mdp.reward[:100], 9, axis=0) == 0.001).all()
 
 
 def test_real_outcome_and_visits_match_matrix_powers():
     mdp = tr.grid_world(cliff=True)
     policy = random_policy(np.random.default_rng(9), mdp)
-    matrix = np.einsum("sa,sat->st", policy, mdp.transition)
-    state, total, falls, share = mdp.start, 0.0, 0.0, np.zeros(101)
+    matrix = np.einsum("sa,sat->st", policy, transition(mdp))
+    edge = [10 * row + col for row in range(6) for col in (3, 6)] + [64, 65]
+    state, total, falls, visits, edges = mdp.start, 0.0, 0.0, np.zeros(101), 0.0
     for t in range(200):
         total += mdp.gamma**t * state @ (policy * mdp.reward).sum(1)
-        share += state / 200
+        visits, edges = visits + state, edges + state[edge].sum()
         state = state @ matrix
         falls += state[100]
-    got = tr.real_outcome(mdp, policy)
-    assert got[0] == pytest.approx(total, abs=1e-10) and got[1] == pytest.approx(falls, abs=1e-10)
-    np.testing.assert_allclose(tr.visits(mdp, mdp.probability, policy), share[:, None] * policy, atol=1e-12)
+    np.testing.assert_allclose(tr.real_outcome(mdp, policy), [total, falls, edges], rtol=1e-10)
+    np.testing.assert_allclose(tr.visits(mdp, policy), visits[:, None] * policy, atol=1e-10)
 
 
 def test_real_value_on_the_cliff_never_falls_as_beta_grows():
     mdp = tr.grid_world(cliff=True)
-    value, falls = tr.real_outcome(mdp, tr.greedy(tr.soft_value_iteration(mdp, np.geomspace(0.1, 1e4, 60))))
+    policy = tr.greedy(tr.soft_value_iteration(mdp, np.geomspace(0.1, 1e4, 60)))
+    value, falls, edge = tr.real_outcome(mdp, policy)
     assert (np.diff(value) >= -1e-12).all() and (np.diff(falls) <= 1e-12).all() and value[-1] - value[0] > 6
+    assert edge[0] > 10 and edge[-1] < 1.5
 
 
 def test_risk_line_fools_vmbpo_only():
@@ -343,7 +349,165 @@ def test_ten_thousand_states():
                       probability=rng.dirichlet(np.ones(16) * 3, (states, 4)), gamma=0.5)
     q = tr.soft_value_iteration(mdp, 5.0)
     s, a = 1234, 2
-    by_hand = 5 * math.log(sum(p * math.exp(q[t].max() / 5) for t, p in zip(mdp.successor[s, a], mdp.probability[s, a])))
+    after = zip(mdp.successor[s, a], mdp.probability[s, a])
+    by_hand = 5 * math.log(sum(p * math.exp(q[t].max() / 5) for t, p in after))
     assert q[s, a] == pytest.approx(mdp.reward[s, a] + 0.5 * by_hand, abs=1e-9)
-    history = tr.learn(mdp, "beta-vmbpo", episodes=20, trials=1, actors=10, evals=1, horizon=5)
+    history = tr.learn(mdp, "beta-vmbpo", episodes=10, trials=1, actors=10, evals=1)
     assert np.isfinite(history["q"]).all() and (history["q"] != 0).any()
+
+
+# ---------------------------------------------------------------- learners
+def small_world():
+    rng = np.random.default_rng(11)
+    return tr.make_mdp(rng.uniform(-1, 1, (3, 2)), 0, rng.dirichlet(np.ones(3), (3, 2)), gamma=0.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"reward_units": True}, {"rollout": 200}, {"sampled": True}], ids=str)
+def test_model_based_learner_ends_at_the_exact_solution(options):
+    mdp, beta = small_world(), 0.5
+    learned = tr.learn(mdp, "vmbpo", 2000, trials=3, beta=beta, evals=1, **options)["q"]
+    exact = tr.soft_value_iteration(mdp, beta)
+    neutral = tr.value_iteration(mdp)
+    error = np.abs(learned * (1 if "reward_units" in options else beta) - exact).max()
+    assert error < (0.08 if "sampled" in options else 0.02) and np.abs(exact - neutral).max() > 0.2
+
+
+def test_q_learning_ends_at_value_iteration():
+    learned = tr.learn(small_world(), "q-learning", 4000, trials=3, evals=1, learning_rate=0.002)["q"]
+    np.testing.assert_allclose(learned, [tr.value_iteration(small_world())] * 3, atol=0.05)
+
+
+def test_mnm_ends_at_the_soft_solution_of_the_log_reward():
+    mdp = small_world()
+    paid = mdp._replace(reward=mdp.reward + 2)
+    logarithmic = mdp._replace(reward=(1 - mdp.gamma) * np.log(mdp.reward + 2))
+    learned = tr.learn(paid, "mnm", 2000, trials=2, evals=1)["q"]
+    np.testing.assert_allclose(learned, [tr.soft_value_iteration(logarithmic, 1.0)] * 2, atol=0.02)
+    with pytest.raises(ValueError, match="positive"):
+        tr.learn(mdp, "mnm", 100)
+
+
+def test_one_actor_and_many_end_alike():
+    mdp = small_world()
+    one = tr.learn(mdp, "vmbpo", 100, trials=2, actors=1, evals=1)["q"]
+    many = tr.learn(mdp, "vmbpo", 100, trials=2, actors=10, evals=1)["q"]
+    assert np.abs(one - many).max() < 0.1 and np.abs(one).max() > 0.5
+
+
+def test_no_trial_feels_another():
+    one = tr.learn(tr.grid_world(True), "beta-vmbpo", 400, trials=3, beta=[10.0, 10.0, 10.0], evals=2)
+    two = tr.learn(tr.grid_world(True), "beta-vmbpo", 400, trials=3, beta=[10.0, 900.0, 10.0], evals=2)
+    for key in ("return", "beta", "kl"):
+        assert (one[key][:, [0, 2]] == two[key][:, [0, 2]]).all()
+    assert (one["q"][[0, 2]] == two["q"][[0, 2]]).all() and (one["q"][1] != two["q"][1]).any()
+
+
+def test_beta_rises_if_and_only_if_the_kl_exceeds_its_budget():
+    history = tr.learn(tr.grid_world(True), "beta-vmbpo", 3000, trials=2, kl_budget=[1e-6, 10.0], beta=5.0, evals=30)
+    steps, kl = np.diff(np.log(history["beta"]), axis=0), history["kl"][1:]
+    assert (kl[5:, 0] > 1e-6).all() and (steps[5:, 0] > 0).all()
+    assert (kl[:, 1] < 10).all() and (steps[:, 1] < 0).all()
+    assert np.abs(steps[5:, 0]).max() == pytest.approx(100 * 5e-4)  # the clip: 5e-4 per episode, 100 episodes a round
+
+
+def test_dual_descent_from_four_starts_finds_the_beta_that_meets_the_budget():
+    """The mean KL over the real states of the exploring actor, solved exactly and independently, equals ε there."""
+    mdp = tr.risk_line()
+    found = tr.learn(mdp, "beta-vmbpo", 25_000, 4, [1.0, 10.0, 100.0, 1000.0], 0.01, evals=1)["beta"][-1]
+    assert found.max() / found.min() < 1.1
+    def seen(beta):
+        q = tr.soft_value_iteration(mdp, beta)
+        values, policy = q.max(-1), 0.5 * tr.greedy(q) + 0.25
+        state, total = np.eye(3)[1], 0.0
+        for _ in range(200):
+            for s, a in itertools.product(range(3), range(2)):
+                p = transition(mdp)[s, a]
+                posterior = p * np.exp((values - values.max()) / beta)
+                posterior /= posterior.sum()
+                live = p > 0
+                total += state[s] * policy[s, a] * (posterior[live] * np.log(posterior[live] / p[live])).sum() / 200
+            state = np.einsum("s,sa,sat->t", state, policy, transition(mdp))
+        return total
+    assert seen(found.mean() * 1.1) < 0.01 < seen(found.mean() / 1.1)
+
+
+def test_dreams_that_never_meet_the_cliff_let_beta_run_away():
+    """Deviation 6: from β = 1 whole imagined episodes diverge on the cliff grid, one-step ones settle near 166."""
+    ends = [tr.learn(tr.grid_world(True), "beta-vmbpo", 20_000, 2, 1.0, evals=1, rollout=rollout, beta_lr=1e-3)["beta"][-1]
+            for rollout in (1, 200)]
+    assert (ends[0] < 250).all() and (ends[1] > 1e6).all()
+
+
+# ---------------------------------------------------------------- the command
+def run(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        tr.main(list(argv))
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--figure", "nothing"], "--figure"), (["--trials", "ten"], "--trials"), (["--trials", "0"], "--trials"),
+    (["--episodes", "150"], "--episodes"), (["--episodes", "-100"], "--episodes"), (["--actors", "0"], "--actors"), (["--actors", "200"], "--actors"),
+    (["--beta", "0"], "--beta"), (["--beta", "nan"], "--beta"), (["--figure", "learning", "--beta", "-1"], "--beta"),
+    (["--kl-budget", "-1"], "--kl-budget"), (["--kl-budget", "inf"], "--kl-budget"), (["--seed", "-1"], "--seed"),
+    (["--mdp", "x.npz"], "--mdp"), (["--figure", "learning", "--mdp", "x.npz"], "--mdp"), (["--bet", "1"], "--bet"),
+    (["--trials"], "--trials"), (["--out-dir", "file"], "--out-dir"),
+])
+def test_bad_flags_end_in_one_line(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and not out and err.count("\n") == 1 and named in err and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+GOOD = {"reward": [[1.0, 0.0], [0.5, 2.0]], "start": 0, "transition": np.full((2, 2, 2), 0.5), "gamma": 0.9}
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"transition": np.full((2, 2, 2), 0.4)}, "sum to 1"), ({"transition": np.full((2, 2, 3), 0.5)}, "transition must have"),
+    ({"transition": np.array([[[1.5, -0.5]] * 2] * 2)}, "not negative"), ({"reward": [[1.0, np.nan], [0, 0]]}, "reward must"),
+    ({"transition": np.full((2, 2, 2), np.nan)}, "finite"), ({"reward": [1.0, 2.0]}, "reward must"), ({"start": 2}, "start"),
+    ({"start": -1}, "start"), ({"start": [0.5, 0.6]}, "start"), ({"gamma": 1.0}, "gamma"), ({"transition": np.array([[[1 - 1e-12, 1e-12]] * 2] * 2)}, "1e-9"), ({"gamma": -0.1}, "gamma"),
+    ({"terminal": [0, 1, 0]}, "terminal"), ({"colour": 1}, "colour"), ({"successor": np.zeros((2, 2, 1))}, "either"),
+    ({"start": "a"}, "start"), ({"reward": [["a", "b"]] * 2}, "reward|convert"), ({"start": None}, ""),
+])
+def test_bad_mdp_files_are_refused(change, said, capsys, tmp_path):
+    np.savez(tmp_path / "bad.npz", **{**GOOD, **change})
+    code, _, err = run(capsys, "--figure", "beta-sweep", "--mdp", str(tmp_path / "bad.npz"), "--out-dir", str(tmp_path / "o"))
+    assert code == 2 and err.count("\n") == 1 and "--mdp" in err and any(word in err for word in said.split("|"))
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK nonsense", b"\x93NUMPY"])
+def test_files_that_are_no_npz_are_refused(content, capsys, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(content)
+    code, _, err = run(capsys, "--figure", "learning", "--mdp", str(tmp_path / "bad.npz"), "--out-dir", str(tmp_path))
+    assert code == 2 and err.count("\n") == 1 and "--mdp" in err
+
+
+@pytest.mark.parametrize("name", tr.PLOTS)
+def test_figures_write_what_they_say_and_overwrite_nothing(name, capsys, tmp_path):
+    argv = ["--figure", name, "--episodes", "200", "--trials", "2", "--out-dir", str(tmp_path)]
+    if name in ("learning", "beta-sweep"):
+        np.savez(tmp_path / "my.npz", **GOOD)
+        argv += ["--mdp", str(tmp_path / "my.npz")]
+    tr.main(argv)
+    assert name in capsys.readouterr().out
+    made = sorted(path for path in tmp_path.rglob("tabular_*"))
+    assert [path.suffix for path in made] == [".png", ".csv"] and made[0].stat().st_size > 10_000
+    with open(made[1]) as file:
+        assert file.readline().startswith(f"# python tabular_risk.py --figure {name}")
+        rows = list(csv.reader(file))
+    assert len(rows) > 5 and len({len(row) for row in rows}) == 1
+    before = [path.read_bytes() for path in made]
+    assert run(capsys, *argv)[0] == 2 and [path.read_bytes() for path in made] == before
+    tr.main([*argv, "--overwrite"])
+
+
+def test_default_place_is_new_and_the_arm_table_is_printed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tr.main(["--beta", "2.27", "2.28", "-5"])
+    choices = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert choices == ["right", "left", "left"] and len(list(tmp_path.glob("runs/tabular_risk/*/figures/*.png"))) == 1
