@@ -1,8 +1,9 @@
 """β-VMBPO: model-based RL as variational inference with an adaptive risk parameter β, in one file.
 
-After "Risk-Sensitive Variational Model-Based Policy Optimization", whose equation numbers are used. Dynamics p_θ(s',r|s,a)
-are learned from data. The variational dynamics q_φ(s'|s,a) are the posterior given optimality: p tilted towards states of
-high value, the more the smaller the risk parameter β. Actor and critic learn inside q; β keeps q within ε nats of p.
+After "Risk-Sensitive Variational Model-Based Policy Optimization", whose equation numbers are used. Dynamics
+p_θ(s',r|s,a) are learned from data. The variational dynamics q_φ(s'|s,a) are their posterior given optimality: p tilted
+towards states of high value, the more the smaller the risk parameter β. Actor and critic learn inside q; β keeps q
+within ε nats of p.
 
     max_q E_q[Σ r] − β KL(q(τ) ‖ p_π(τ))                                                                (7)
     J(β) = β ε − β KL(q_φ(s'|s,a) ‖ p_θ(s'|s,a))                                                        (9)
@@ -12,22 +13,22 @@ high value, the more the smaller the risk parameter β. Actor and critic learn i
     J(ω) = E_model[E_{a~q_ω}[β log q_ω(a|s) − β log π_κ(a|s) − Q(s,a)]],  then κ ← ω                    (13, 14)
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
- 1. γ and a learned probability of termination enter (11) and (12), which print neither. `--termination-fn`: a known rule.
- 2. Every fit starts q at p (parameters, Adam moments) and shows both the same minibatches: KL(q‖p) is then the tilt alone
-    and vanishes as β → ∞. Two independent ensembles differ by nats before any tilt: no β meets the budget, it runs to its
-    clamp and the method silently is MBPO. `--posterior-init own`: q keeps its own parameters.
- 3. The exponent of (11) is clamped to ±4 after the division by β. Weights are scaled to mean 1, which keeps the minimiser.
+ 1. γ and a learned probability of termination enter (11) and (12), which have neither. `--termination-fn`: known rule.
+ 2. Every fit starts q at p (parameters, Adam moments) and shows both the same minibatches: KL(q‖p) is then the tilt and
+    vanishes as β → ∞. Two independent ensembles differ before any tilt: with that floor above ε no β meets it, β runs
+    to its clamp and the method silently is MBPO. `--posterior-init own`: q keeps its own parameters.
+ 3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
  5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose magnitude grows
     with β so that Adam overshoots to the clamp. `--dual-step adam`: that.
- 6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out as in Appendix C.1. `--log-ratio-in-critic`: added.
- 7. Actor and critic carry an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
+ 6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
+ 7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
     `--entropy none`: the policy's standard deviation falls to its floor within a few hundred steps.
- 8. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after each
-    update the gradient of the KL in (13) is zero: it is computed only when `--prior-interval` is above 1.
- 9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400 minibatches
-    in the first fit and at most 800 in any, and MBPO's learning rate 1e-3 for the dynamics instead of 3e-4.
+ 8. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after
+    each update the KL in (13) has gradient zero: it is computed only when `--prior-interval` is above 1.
+ 9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
+    minibatches in the first fit, at most 800 in any, and MBPO's learning rate 1e-3 for the dynamics instead of 3e-4.
 
     python beta_vmbpo.py --env-id Walker2d-v4
     python beta_vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
@@ -35,11 +36,9 @@ Deviations from the paper, each with the flag that goes back to its letter where
 
 import dataclasses
 import difflib
-import importlib
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -55,6 +54,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -62,7 +62,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 5000  # every fifth row is never trained on; errors are measured on at most so many
 EXPONENT_MAX = 4.0  # Appendix C.1
 BETA_MIN, BETA_MAX = 1e-2, 1e7  # Appendix C.4
-warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are the -v4 ones
+warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
 
 
 @dataclasses.dataclass
@@ -122,7 +122,7 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "beta": (BETA_MIN, math.inf)}
-RANGE |= {name: (0, 1) for name in ("gamma", "tau", "real_ratio")}  # other counts are at least 1, other numbers positive
+RANGE |= {name: (0, 1) for name in ("gamma", "tau", "real_ratio")}  # other counts: at least 1, other numbers: positive
 RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
              "resume", "evaluate", "capture_video"}
 
@@ -138,7 +138,8 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     if source := args.resume or args.evaluate:
         try:
-            saved = json.loads((Path(source) / "args.json").read_text()) | {"run_dir": source, "resume": "", "evaluate": ""}
+            saved = json.loads((Path(source) / "args.json").read_text())
+            saved |= {"run_dir": source, "resume": "", "evaluate": ""}
             args = tyro.cli(Args, args=argv, default=Args(**saved))
         except (OSError, ValueError, TypeError):
             fail(f"--{'resume' if args.resume else 'evaluate'} {source}: not the directory of a run of {SCRIPT}.py")
@@ -149,19 +150,19 @@ def parse_args(argv=None):
         value, (low, high) = getattr(args, name), RANGE.get(name, (1 if kind is int else 1e-12, math.inf))
         if kind in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed are values from {low} to {high}")
-    for refused, message in (
-        (args.total_steps < args.learning_starts, f"--total-steps: must be at least --learning-starts {args.learning_starts}"),
-        (args.num_elites > args.ensemble_size, f"--num-elites: must be at most --ensemble-size {args.ensemble_size}"),
-        (args.rollouts > args.model_buffer_size, f"--rollouts: must be at most --model-buffer-size {args.model_buffer_size}"),
-        (args.max_horizon < args.horizon, f"--max-horizon: must be at least --horizon {args.horizon}"),
-        (args.horizon_until <= args.horizon_from, f"--horizon-until: must be above --horizon-from {args.horizon_from}"),
-        (args.capture_video and not (args.evaluate and importlib.util.find_spec("moviepy")),
-         "--capture-video: needs --evaluate RUN_DIR and the package moviepy"),
-        (args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "--wandb: needs the package wandb"),
-        (not source and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir}: exists already"),
+    video = args.evaluate and importlib.util.find_spec("moviepy")
+    for name, refused, rule in (
+        ("total_steps", args.total_steps < args.learning_starts, "must be at least --learning-starts"),
+        ("num_elites", args.num_elites > args.ensemble_size, "must be at most --ensemble-size"),
+        ("rollouts", args.rollouts > args.model_buffer_size, "must be at most --model-buffer-size"),
+        ("max_horizon", args.max_horizon < args.horizon, "must be at least --horizon"),
+        ("horizon_until", args.horizon_until <= args.horizon_from, "must be above --horizon-from"),
+        ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
+        ("wandb", args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "needs the package wandb"),
+        ("run_dir", not source and args.run_dir and Path(args.run_dir).exists(), "exists already"),
     ):
         if refused:
-            fail(message)
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     try:
         flag = f"--device {args.device}: not there; use auto or cpu"
         device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -185,7 +186,7 @@ def load_function(path):
 
 
 def make_envs(env_id, num_envs, **kwargs):
-    """Vector environment with flat observations and actions in [-1, 1]; an episode that ends restarts in the same step."""
+    """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
 
@@ -268,7 +269,8 @@ class Actor(StackedMLP):
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise
-        log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - log_det
         return u.tanh(), log_prob.sum(-1, keepdim=True)
 
 
@@ -306,18 +308,6 @@ class Dynamics(StackedMLP):
         return mean, low + F.softplus(high - F.softplus(high - log_var) - low)
 
 
-def gaussian_kl(mean, log_var, other_mean, other_log_var):
-    """KL(N ‖ N_other) of each dimension, in nats."""
-    log_ratio = log_var - other_log_var
-    return 0.5 * (log_ratio.exp() + (mean - other_mean).square() * (-other_log_var).exp() - 1 - log_ratio)
-
-
-def moment_match(mean, log_var, dim):
-    """Mean and log-variance of the equal mixture of the Gaussians that lie along `dim`."""
-    center = mean.mean(dim)
-    return center, (log_var.exp() + (mean - center.unsqueeze(dim)).square()).mean(dim).log()
-
-
 class Agent(nn.Module):
     """Networks, optimizers and the steps of Algorithm 1: act, fit_model, imagine, learn, update_beta."""
 
@@ -348,13 +338,14 @@ class Agent(nn.Module):
         self.to(args.device)
 
         decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
-        groups = [{"params": layer.weight, "weight_decay": d} for layer, d in zip(self.model.layers, decay, strict=True)]
+        groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.model.layers, decay)]
         others = [p for name, p in self.model.named_parameters() if "weight" not in name]
         adam = torch.optim.Adam
         self.opts = {
             "actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, fused=True),
             "critic": adam(self.critic.parameters(), args.learning_rate, fused=True),
-            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate, fused=True),
+            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate,
+                          fused=True),
             "beta": adam([self.log_beta], args.beta_lr),
         }
         if args.compile:
@@ -458,7 +449,7 @@ class Agent(nn.Module):
         gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
         sample_size = 1 / weights.square().mean((-2, -1))
         if ((self.kl > self.args.kl_budget) & (sample_size > 0.99)).any():
-            tqdm.write(f"warning: KL {self.kl.max():.3g} above --kl-budget although q is hardly tilted: no β can meet it")
+            tqdm.write(f"warning: KL {self.kl.max():.3g} exceeds --kl-budget with hardly any tilt: no β can meet it")
         return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
                 "model/optimism_gap": gap.mean((-2, -1)), "model/effective_sample_size": sample_size,
                 "model/kl": self.kl, "model/beta": self.beta.flatten()}
@@ -466,12 +457,12 @@ class Agent(nn.Module):
     @torch.no_grad()
     def divergence(self, obs):
         """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
-        # mean, log_var: (2, elites, trials, n, out)
         mean, log_var = self.moments(obs, self.actor.sample(obs)[0], (slice(None), self.elites, range(len(obs))))
-        if self.args.kl_estimator == "mixture":
-            mean, log_var = (moment.unsqueeze(1) for moment in moment_match(mean, log_var, 1))
-        kl = gaussian_kl(mean[1], log_var[1], mean[0], log_var[0])[..., : self.obs_dim]
-        return kl.sum(-1).mean((0, -1))
+        if self.args.kl_estimator == "mixture":  # over the axis of the elites: (2, elites, trials, n, out)
+            var = (log_var.exp() + (mean - mean.mean(1, keepdim=True)).square()).mean(1, keepdim=True)
+            mean, log_var = mean.mean(1, keepdim=True), var.log()
+        prior, posterior = (Normal(mean[i], (0.5 * log_var[i]).exp()) for i in (0, 1))
+        return kl_divergence(posterior, prior)[..., : self.obs_dim].sum(-1).mean((0, -1))
 
     @torch.no_grad()
     def predict(self, obs, action):
@@ -511,7 +502,7 @@ class Agent(nn.Module):
         loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
         if self.args.prior_interval > 1:
             (mean, log_std), (prior_mean, prior_log_std) = self.actor(obs), self.prior_actor(obs)
-            kl = gaussian_kl(mean, 2 * log_std, prior_mean, 2 * prior_log_std)
+            kl = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp()))
             loss = loss + self.beta * kl.sum(-1, keepdim=True)  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
         return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
@@ -542,10 +533,8 @@ class Agent(nn.Module):
                 for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]
         for i, batch in enumerate(torch.cat(rows, 2).unbind(1)):  # (trials, updates, batch, row)
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
-            if args.prior_interval > 1 and (step * args.updates_per_step + i) % args.prior_interval == 0:
+            if (step * args.updates_per_step + i) % args.prior_interval == 0:
                 self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
-        if args.prior_interval == 1:  # κ ← ω after every update; nothing reads κ in between
-            self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
                 "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.exp().flatten()}
 
@@ -568,7 +557,8 @@ def evaluate(agent, envs, args):
     returns, lengths, alive = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while alive.any():
         obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
-        obs, reward, terminated, truncated, _ = envs.step(agent.act(obs, deterministic=True).flatten(0, 1).cpu().numpy())
+        action = agent.act(obs, deterministic=True).flatten(0, 1)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         returns, lengths, alive = returns + alive * reward, lengths + alive, alive & ~(terminated | truncated)
     return returns.reshape(args.trials, -1), lengths.reshape(args.trials, -1)
 
@@ -582,14 +572,14 @@ class Logger:
             lines = [line for line in self.path.read_text().splitlines()[1:] if line.count(",") == 3]
         lines = ["step,trial,metric,value", *(line for line in lines if int(line.split(",")[0]) <= step), ""]
         self.path.with_suffix(".tmp").write_text("\n".join(lines))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        self.path.with_suffix(".tmp").replace(self.path)
         self.file = open(self.path, "a", buffering=1)
         self.wandb = importlib.import_module("wandb") if args.wandb != "disabled" else None
         if self.wandb:
-            self.wandb.init(project=args.wandb_project, dir=args.run_dir, mode=args.wandb, config=vars(args), name=args.run_dir)
+            self.wandb.init(project=args.wandb_project, dir=args.run_dir, mode=args.wandb, config=vars(args))
 
     def log(self, step, metrics, trials=None):
-        """metrics: name -> a value per trial (of which only `trials` count) or a number; values leave the device here."""
+        """metrics: name -> number, or value per trial (only those in `trials` count); here values leave the device."""
         for name, values in metrics.items():
             values = values.tolist() if hasattr(values, "tolist") else values
             rows = dict(enumerate(values)) if isinstance(values, list) else {-1: values}
@@ -607,6 +597,8 @@ class Logger:
         for step, _, metric, value in (line.split(",") for line in self.path.read_text().splitlines()):
             if metric == "eval/return":
                 curve[int(step)].append(float(value))
+        if not curve:
+            return
         mean, std = np.mean([*curve.values()], 1), np.std([*curve.values()], 1)
         axes = figure.add_subplot(title=title, xlabel="environment steps per trial", ylabel="evaluation return")
         axes.plot([*curve], mean)
@@ -617,10 +609,10 @@ class Logger:
 def save(path, args, step, agent, buffers):
     """Write a checkpoint beside its place and rename it: a process killed meanwhile leaves the last one whole."""
     state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
-             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()}, "buffers": [b.state_dict() for b in buffers],
-             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
+             "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def load(path, args, agent, buffers=()):
@@ -633,9 +625,8 @@ def load(path, args, agent, buffers=()):
         opt.load_state_dict(state["opts"][name])
     for buffer, saved in zip(buffers, state["buffers"]):
         buffer.load_state_dict(saved)
+    torch.cuda.manual_seed_all(args.seed + state["step"])
     torch.set_rng_state(state["rng"])
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["step"]
 
 
@@ -643,7 +634,8 @@ def main(args):
     """Train (or, with --evaluate, only evaluate) and return the exit code."""
     torch.manual_seed(args.seed)
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    envs, eval_envs = make_envs(args.env_id, args.trials), make_envs(args.env_id, args.trials * args.eval_episodes, **render)
+    envs = make_envs(args.env_id, args.trials)
+    eval_envs = make_envs(args.env_id, args.trials * args.eval_episodes, **render)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent, run_dir = Agent(args, obs_dim, action_dim), Path(args.run_dir)
     if args.evaluate:
@@ -651,7 +643,8 @@ def main(args):
         if args.capture_video:
             eval_envs = gym.wrappers.vector.RecordVideo(eval_envs, str(run_dir / "videos"), name_prefix=f"step-{step}")
         for trial, returns in enumerate(evaluate(agent, eval_envs, args)[0]):
-            print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f}, {len(returns)} episodes")
+            print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f} "
+                  f"over {len(returns)} episodes")
         eval_envs.close()
         return 0
 
@@ -659,9 +652,10 @@ def main(args):
     model_buffer = ReplayBuffer(args.trials, args.model_buffer_size, obs_dim, action_dim, args.device)
     start = load(run_dir / "checkpoint.pt", args, agent, (buffer, model_buffer)) if args.resume else 0
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"script": SCRIPT}, indent=2))
-    print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on {args.device}, "
-          f"{sum(p.numel() for p in agent.parameters()):,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    size = sum(parameter.numel() for parameter in agent.parameters())
+    print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on "
+          f"{args.device}, {size:,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)
 
     logger, bar = Logger(args, start), tqdm(total=args.total_steps, initial=start, disable=None, smoothing=0.01)
     stop, bad, metrics, seconds, clock = [], None, {}, defaultdict(float), time.perf_counter()
@@ -688,12 +682,13 @@ def main(args):
         ended, last_obs = terminated | truncated, next_obs.copy()
         for trial in np.flatnonzero(ended):
             last_obs[trial] = infos["final_obs"][trial]
-        buffer.add(column(obs), action, column(reward), column(last_obs), column(terminated), torch.zeros_like(action[..., :1]))
+        log_ratio = torch.zeros(args.trials, 1, 1, device=args.device)  # real transitions come from p
+        buffer.add(column(obs), action, column(reward), column(last_obs), column(terminated), log_ratio)
         obs, returns, lengths = next_obs, returns + reward, lengths + 1
         if ended.any():
             logger.log(step, {"train/return": returns, "train/length": lengths}, np.flatnonzero(ended))
         returns, lengths = returns * ~ended, lengths * ~ended
-        bad = next((name for name, x in (("observation", last_obs), ("reward", reward)) if not np.isfinite(x).all()), None)
+        bad = "observation" if not np.isfinite(last_obs).all() else None if np.isfinite(reward).all() else "reward"
         lap("buffer")
 
         # learn
@@ -719,18 +714,19 @@ def main(args):
             speed = min(args.log_every, step - start) / sum(seconds.values())
             logger.log(step, metrics | {"time/sps": speed} | {f"time/{name}": s for name, s in seconds.items()})
             if step // args.log_every == max(args.learning_starts, start) // args.log_every + 1:
-                tqdm.write(f"about {(args.total_steps - step) / speed / 3600:.2f} hours to go, more as fits grow with the data")
+                hours = (args.total_steps - step) / speed / 3600
+                tqdm.write(f"about {hours:.2f} hours to go, more as fits grow with the data")
             seconds.clear()
         if bad:
             save(run_dir / "nonfinite.pt", args, step, agent, (buffer, model_buffer))
-            print(f"{SCRIPT}.py: error: step {step}: {bad} is not finite; saved {run_dir}/nonfinite.pt", file=sys.stderr)
+            text = f"{SCRIPT}.py: error: step {step}: {bad} is not finite; state saved in {run_dir}/nonfinite.pt"
+            tqdm.write(text, sys.stderr)
             return 1
         if step % args.save_every == 0 or step == args.total_steps or stop:
             save(run_dir / "checkpoint.pt", args, step, agent, (buffer, model_buffer))
             obs, _ = envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as a resumed run does
             returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
-            if step >= args.learning_starts:
-                logger.draw(args.env_id)
+            logger.draw(args.env_id)
             lap("save")
         if stop:
             return 128 + stop[0]

@@ -1,13 +1,31 @@
-"""MBPO: model-based policy optimization, in one file.
+"""MBPO: model-based policy optimization, the baseline of the variational methods beside it, in one file.
+
+After Janner et al., "When to Trust Your Model" (2019), with the settings of the β-VMBPO paper (Table 1, Appendix C.1).
+An ensemble of Gaussian dynamics p(s',r|s,a) is fitted to replayed transitions by maximum likelihood; soft actor-critic
+learns from short roll-outs that branch off replayed states, mixed with real transitions.
+
+    J(θ) = −E_env[log p_θ(s',r|s,a)]
+    J(ψ) = E_model[(Q_ψ(s,a) − r − γ (min Q'(s',a') − α log π(a'|s')))²],  a' ~ π(·|s')
+    J(ω) = E_model[E_{a~π}[α log π(a|s) − min Q(s,a)]],  J(α) = E[−α (log π(a|s) + target entropy)]
+
+Deviations from Janner et al., each with the flag that goes back where there is one:
+ 1. The dynamics are trained for a fixed number of passes, as in the β-VMBPO paper. `--epochs 0`: until no member's
+    hold-out error has improved by 1 % for five passes (without going back to the best one).
+ 2. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
+ 3. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
+    out for good, so that warm-started members never train on it.
+ 4. At least 400 minibatches in the first fit, at most 800 in any. Roll-outs are dealt to the elites in equal chunks.
+ 5. The target entropy is −(action dimensions)/2, which is close to their values per task. `--target-entropy`: another.
+
+    python baselines/mbpo.py --env-id Walker2d-v4
+    python baselines/mbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
 """
 
 import dataclasses
 import difflib
-import importlib
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -28,7 +46,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 5000  # every fifth row is never trained on; errors are measured on at most so many
-warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are the -v4 ones
+warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
 
 
 @dataclasses.dataclass
@@ -80,7 +98,7 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "epochs": (0, math.inf), "learning_starts": (10, math.inf)}
-RANGE |= {name: (0, 1) for name in ("gamma", "tau", "real_ratio")}  # other counts are at least 1, other numbers positive
+RANGE |= {name: (0, 1) for name in ("gamma", "tau", "real_ratio")}  # other counts: at least 1, other numbers: positive
 RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
              "resume", "evaluate", "capture_video"}
 
@@ -96,7 +114,8 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     if source := args.resume or args.evaluate:
         try:
-            saved = json.loads((Path(source) / "args.json").read_text()) | {"run_dir": source, "resume": "", "evaluate": ""}
+            saved = json.loads((Path(source) / "args.json").read_text())
+            saved |= {"run_dir": source, "resume": "", "evaluate": ""}
             args = tyro.cli(Args, args=argv, default=Args(**saved))
         except (OSError, ValueError, TypeError):
             fail(f"--{'resume' if args.resume else 'evaluate'} {source}: not the directory of a run of {SCRIPT}.py")
@@ -107,19 +126,19 @@ def parse_args(argv=None):
         value, (low, high) = getattr(args, name), RANGE.get(name, (1 if kind is int else 1e-12, math.inf))
         if kind in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed are values from {low} to {high}")
-    for refused, message in (
-        (args.total_steps < args.learning_starts, f"--total-steps: must be at least --learning-starts {args.learning_starts}"),
-        (args.num_elites > args.ensemble_size, f"--num-elites: must be at most --ensemble-size {args.ensemble_size}"),
-        (args.rollouts > args.model_buffer_size, f"--rollouts: must be at most --model-buffer-size {args.model_buffer_size}"),
-        (args.max_horizon < args.horizon, f"--max-horizon: must be at least --horizon {args.horizon}"),
-        (args.horizon_until <= args.horizon_from, f"--horizon-until: must be above --horizon-from {args.horizon_from}"),
-        (args.capture_video and not (args.evaluate and importlib.util.find_spec("moviepy")),
-         "--capture-video: needs --evaluate RUN_DIR and the package moviepy"),
-        (args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "--wandb: needs the package wandb"),
-        (not source and args.run_dir and Path(args.run_dir).exists(), f"--run-dir {args.run_dir}: exists already"),
+    video = args.evaluate and importlib.util.find_spec("moviepy")
+    for name, refused, rule in (
+        ("total_steps", args.total_steps < args.learning_starts, "must be at least --learning-starts"),
+        ("num_elites", args.num_elites > args.ensemble_size, "must be at most --ensemble-size"),
+        ("rollouts", args.rollouts > args.model_buffer_size, "must be at most --model-buffer-size"),
+        ("max_horizon", args.max_horizon < args.horizon, "must be at least --horizon"),
+        ("horizon_until", args.horizon_until <= args.horizon_from, "must be above --horizon-from"),
+        ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
+        ("wandb", args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "needs the package wandb"),
+        ("run_dir", not source and args.run_dir and Path(args.run_dir).exists(), "exists already"),
     ):
         if refused:
-            fail(message)
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     try:
         flag = f"--device {args.device}: not there; use auto or cpu"
         device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -143,7 +162,7 @@ def load_function(path):
 
 
 def make_envs(env_id, num_envs, **kwargs):
-    """Vector environment with flat observations and actions in [-1, 1]; an episode that ends restarts in the same step."""
+    """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
 
@@ -226,7 +245,8 @@ class Actor(StackedMLP):
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise
-        log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - log_det
         return u.tanh(), log_prob.sum(-1, keepdim=True)
 
 
@@ -289,13 +309,14 @@ class Agent(nn.Module):
         self.to(args.device)
 
         decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
-        groups = [{"params": layer.weight, "weight_decay": d} for layer, d in zip(self.model.layers, decay, strict=True)]
+        groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.model.layers, decay)]
         others = [p for name, p in self.model.named_parameters() if "weight" not in name]
         adam = torch.optim.Adam
         self.opts = {
             "actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, fused=True),
             "critic": adam(self.critic.parameters(), args.learning_rate, fused=True),
-            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate, fused=True),
+            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate,
+                          fused=True),
         }
         if args.compile:
             for name in ("critic_loss", "actor_loss", "model_loss"):
@@ -334,7 +355,7 @@ class Agent(nn.Module):
         return loss + F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="none").mean((-2, -1)).sum()
 
     def fit_model(self, buffer):
-        """Fit the dynamics and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
+        """Fit dynamics and termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, int(buffer.count), (self.args.ensemble_size, self.args.trials)
         obs, action, reward, next_obs, terminated = buffer.storage[:, :count].split(buffer.widths, -1)
         self.inputs.fit(torch.cat([obs, action], -1))
@@ -455,7 +476,8 @@ def evaluate(agent, envs, args):
     returns, lengths, alive = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while alive.any():
         obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
-        obs, reward, terminated, truncated, _ = envs.step(agent.act(obs, deterministic=True).flatten(0, 1).cpu().numpy())
+        action = agent.act(obs, deterministic=True).flatten(0, 1)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
         returns, lengths, alive = returns + alive * reward, lengths + alive, alive & ~(terminated | truncated)
     return returns.reshape(args.trials, -1), lengths.reshape(args.trials, -1)
 
@@ -469,14 +491,14 @@ class Logger:
             lines = [line for line in self.path.read_text().splitlines()[1:] if line.count(",") == 3]
         lines = ["step,trial,metric,value", *(line for line in lines if int(line.split(",")[0]) <= step), ""]
         self.path.with_suffix(".tmp").write_text("\n".join(lines))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        self.path.with_suffix(".tmp").replace(self.path)
         self.file = open(self.path, "a", buffering=1)
         self.wandb = importlib.import_module("wandb") if args.wandb != "disabled" else None
         if self.wandb:
-            self.wandb.init(project=args.wandb_project, dir=args.run_dir, mode=args.wandb, config=vars(args), name=args.run_dir)
+            self.wandb.init(project=args.wandb_project, dir=args.run_dir, mode=args.wandb, config=vars(args))
 
     def log(self, step, metrics, trials=None):
-        """metrics: name -> a value per trial (of which only `trials` count) or a number; values leave the device here."""
+        """metrics: name -> number, or value per trial (only those in `trials` count); here values leave the device."""
         for name, values in metrics.items():
             values = values.tolist() if hasattr(values, "tolist") else values
             rows = dict(enumerate(values)) if isinstance(values, list) else {-1: values}
@@ -494,6 +516,8 @@ class Logger:
         for step, _, metric, value in (line.split(",") for line in self.path.read_text().splitlines()):
             if metric == "eval/return":
                 curve[int(step)].append(float(value))
+        if not curve:
+            return
         mean, std = np.mean([*curve.values()], 1), np.std([*curve.values()], 1)
         axes = figure.add_subplot(title=title, xlabel="environment steps per trial", ylabel="evaluation return")
         axes.plot([*curve], mean)
@@ -504,10 +528,10 @@ class Logger:
 def save(path, args, step, agent, buffers):
     """Write a checkpoint beside its place and rename it: a process killed meanwhile leaves the last one whole."""
     state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
-             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()}, "buffers": [b.state_dict() for b in buffers],
-             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
+             "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def load(path, args, agent, buffers=()):
@@ -520,9 +544,8 @@ def load(path, args, agent, buffers=()):
         opt.load_state_dict(state["opts"][name])
     for buffer, saved in zip(buffers, state["buffers"]):
         buffer.load_state_dict(saved)
+    torch.cuda.manual_seed_all(args.seed + state["step"])
     torch.set_rng_state(state["rng"])
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["step"]
 
 
@@ -530,7 +553,8 @@ def main(args):
     """Train (or, with --evaluate, only evaluate) and return the exit code."""
     torch.manual_seed(args.seed)
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    envs, eval_envs = make_envs(args.env_id, args.trials), make_envs(args.env_id, args.trials * args.eval_episodes, **render)
+    envs = make_envs(args.env_id, args.trials)
+    eval_envs = make_envs(args.env_id, args.trials * args.eval_episodes, **render)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent, run_dir = Agent(args, obs_dim, action_dim), Path(args.run_dir)
     if args.evaluate:
@@ -538,7 +562,8 @@ def main(args):
         if args.capture_video:
             eval_envs = gym.wrappers.vector.RecordVideo(eval_envs, str(run_dir / "videos"), name_prefix=f"step-{step}")
         for trial, returns in enumerate(evaluate(agent, eval_envs, args)[0]):
-            print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f}, {len(returns)} episodes")
+            print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f} "
+                  f"over {len(returns)} episodes")
         eval_envs.close()
         return 0
 
@@ -546,9 +571,10 @@ def main(args):
     model_buffer = ReplayBuffer(args.trials, args.model_buffer_size, obs_dim, action_dim, args.device)
     start = load(run_dir / "checkpoint.pt", args, agent, (buffer, model_buffer)) if args.resume else 0
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"script": SCRIPT}, indent=2))
-    print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on {args.device}, "
-          f"{sum(p.numel() for p in agent.parameters()):,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+    size = sum(parameter.numel() for parameter in agent.parameters())
+    print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on "
+          f"{args.device}, {size:,} parameters, steps {start:,} to {args.total_steps:,}", flush=True)
 
     logger, bar = Logger(args, start), tqdm(total=args.total_steps, initial=start, disable=None, smoothing=0.01)
     stop, bad, metrics, seconds, clock = [], None, {}, defaultdict(float), time.perf_counter()
@@ -580,7 +606,7 @@ def main(args):
         if ended.any():
             logger.log(step, {"train/return": returns, "train/length": lengths}, np.flatnonzero(ended))
         returns, lengths = returns * ~ended, lengths * ~ended
-        bad = next((name for name, x in (("observation", last_obs), ("reward", reward)) if not np.isfinite(x).all()), None)
+        bad = "observation" if not np.isfinite(last_obs).all() else None if np.isfinite(reward).all() else "reward"
         lap("buffer")
 
         # learn
@@ -605,18 +631,19 @@ def main(args):
             speed = min(args.log_every, step - start) / sum(seconds.values())
             logger.log(step, metrics | {"time/sps": speed} | {f"time/{name}": s for name, s in seconds.items()})
             if step // args.log_every == max(args.learning_starts, start) // args.log_every + 1:
-                tqdm.write(f"about {(args.total_steps - step) / speed / 3600:.2f} hours to go, more as fits grow with the data")
+                hours = (args.total_steps - step) / speed / 3600
+                tqdm.write(f"about {hours:.2f} hours to go, more as fits grow with the data")
             seconds.clear()
         if bad:
             save(run_dir / "nonfinite.pt", args, step, agent, (buffer, model_buffer))
-            print(f"{SCRIPT}.py: error: step {step}: {bad} is not finite; saved {run_dir}/nonfinite.pt", file=sys.stderr)
+            text = f"{SCRIPT}.py: error: step {step}: {bad} is not finite; state saved in {run_dir}/nonfinite.pt"
+            tqdm.write(text, sys.stderr)
             return 1
         if step % args.save_every == 0 or step == args.total_steps or stop:
             save(run_dir / "checkpoint.pt", args, step, agent, (buffer, model_buffer))
             obs, _ = envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as a resumed run does
             returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
-            if step >= args.learning_starts:
-                logger.draw(args.env_id)
+            logger.draw(args.env_id)
             lap("save")
         if stop:
             return 128 + stop[0]

@@ -29,7 +29,7 @@ DIFFERS = {
     "Agent.learn": "VMBPO copies the actor into the prior policy",
     "main": "β-VMBPO updates its dual variable; a row of VMBPO also holds the log-ratio",
 }
-TABULAR_ONLY = {"Args", "main", "parse_args", "fail"}  # tabular_risk.py has neither networks nor runs to resume
+TABULAR_ONLY = {"SCRIPT", "Args", "main", "parse_args", "fail"}  # tabular_risk.py has neither networks nor runs to resume
 
 
 def sources(path):
