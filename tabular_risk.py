@@ -28,8 +28,9 @@ struggle (0.79 ± 0.64, 0.79 ± 0.63) and β-VMBPO gets 1.387, but MnM gets that
 7. Q counts in units of β (eq. 5). Fig. 6 right rests on it: when β rises, all that is stored grows, hence exploration;
    with `reward_units` (Appendix C.3) β-VMBPO mostly fails there. But β must not move faster than Q can follow.
 8. Dual steps: log β moves by 5e-4 · clip(KL / ε - 1, -1, 1) per episode, KL the mean over imagined steps; ε = 0.001.
-9. Speed: 100 episodes of a trial run side by side and add their updates of Q; trials, starts, budgets are one array.
-   Models are counts, rewards known. Limits: 3,000 states dense, 10,000 x 4 actions x 16 successors listed.
+9. Speed: 100 episodes of a trial run side by side and add their updates of Q; trials, starts, budgets: one array.
+   Models are counts, q is their exact twist (4) in place of eq. (11)'s fit, rewards are known. Limits: 3,000 states
+   dense, 10,000 x 4 actions x 16 successors listed.
 
   python tabular_risk.py                                    # Fig. 1 in a second: the arm flips at β = 5 / ln 9 = 2.2756
   python tabular_risk.py --figure all --out-dir benchmarks  # all figures, ten trials: 5 minutes on one core
@@ -54,7 +55,8 @@ import tyro
 from matplotlib.scale import SymmetricalLogScale
 
 matplotlib.use("Agg")  # draws without a display
-SCRIPT, FIGURES = Path(__file__).stem, ("risky-arm", "dynamics", "learning", "mnm", "beta-sweep")
+SCRIPT = Path(__file__).stem
+FIGURES = "risky-arm", "dynamics", "learning", "mnm", "beta-sweep"
 SIZE, GOAL, HORIZON, EXPLORE = 10, 9, 200, 0.5  # side of the grid, its goal, steps of an episode, ε of ε-greedy
 MOVES = np.array([[-1, 0], [0, -1], [1, 0], [0, 1]])  # up, left, down, right as (row, column)
 CELLS = np.arange(SIZE * SIZE)
@@ -318,7 +320,7 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
         for step, (luck, wind) in enumerate(rng.random((HORIZON, 2, worlds, len(walker)), dtype=np.float32)):
             if step % rollout == 0:
                 state[-1] = state[0]
-            # act
+            # act: luck decides what is done, wind what follows
             best = q_value.take(base + state, axis=1)
             choice = (best == best.max(0)).argmax(0)
             choice = np.where(luck < explore, (luck * (choices / explore)).astype(int).clip(max=choices - 1), choice)
@@ -410,11 +412,11 @@ def plot_risky_arm(args, mdp):
         axes[index // 2].plot(beta[:200], curve[:200], color=f"C{index}", label=label)
     axes[0].set(ylabel="soft Q in S, reward units", title=f"risky below β = 5 / ln 9 = {flip:.4f}")
     axes[1].set(ylabel="posterior of the step after 'right'", title="small β: optimistic dynamics")
-    for axis in axes:
+    for axis, place in zip(axes, ("upper right", "center left")):
         axis.axvspan(0.5, flip, color="mistyrose")
         axis.axvspan(flip, 50, color="honeydew")
         axis.set(xlabel="β", xscale="log", xlim=(0.5, 50))
-        axis.legend()
+        axis.legend(loc=place)
     rows = [[*row, "right" if row[2] > row[1] else "left"] for row in zip(*curves)]
     return figure, header, rows[:200], header, rows[200:]
 
@@ -465,7 +467,7 @@ def plot_learning(args, mdp):
     rows, table = [], [["risk-neutral optimum", "", best[0], 0.0, *best[1:], ""]]
     for index, (method, start, history) in enumerate(runs):
         end = history["return"][-1]
-        table.append([LOOK[method][0], start, spread(end, 4), 100 * (best[0] - end.mean()) / abs(best[0]),
+        table.append([LOOK[method][0], start, spread(end, 4), 100 * (best[0] - end.mean()) / (abs(best[0]) or 1),
                       *(spread(history[key][-1]) for key in ("falls", "edge", "beta"))])
         rows += curve_rows(history, args.mdp or "cliff", method, start)
         if index <= 2:
@@ -486,10 +488,8 @@ def plot_mnm(args, mdp):
     start, budget = (args.beta or (100.0,))[0], (args.kl_budget or (0.001,))[0]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     grid, tenth, rows, table = grid_world(cliff=False), -(-args.episodes // 10 // args.actors) * args.actors, [], []
-    for axis, name, world, q_init, episodes in (
-        (axes[0], "MnM grid", grid, 0.1, args.episodes), (axes[1], "MnM grid", grid, 0.0, args.episodes),
-        (axes[2], "risk test", risk_line(), 0.0, tenth),
-    ):
+    for axis, name, world, q_init, episodes in zip(axes, ("MnM grid",) * 2 + ("risk test",), (grid, grid, risk_line()),
+                                                   (0.1, 0.0, 0.0), (args.episodes, args.episodes, tenth)):
         axis.set_title(f"{name}, initial Q = {q_init:g}")
         best = float(real_outcome(world, greedy(value_iteration(world)))[0])
         axis.axhline(best, color="black", linestyle=":", label="risk-neutral optimum")
@@ -523,13 +523,13 @@ def plot_beta_sweep(args, mdp):
         found, *end = (history[key][-1].reshape(-1, args.trials)[index] for key in ("beta", *CURVES[:3], "kl"))
         for axis, runs in zip(axes, (end[0], end[1], end[3])):
             axis.plot(found, runs, "o", color=plt.cm.plasma(index / len(budgets)), alpha=0.6, label=f"ε = {budget:g}")
-        exact = np.exp(np.interp(np.log(budget), np.log(curves[3][::-1]), np.log(size[::-1])))
-        table.append([budget, np.median(found), found.min(), found.max(), exact, spread(end[0]), spread(end[1])])
+        exact = np.interp(np.log(budget), np.log(curves[3][::-1] + 1e-300), np.log(size[::-1]), np.inf, -np.inf)
+        table.append([budget, np.median(found), found.min(), found.max(), np.exp(exact), *map(spread, end[:2])])
         rows += [["dual descent", *row, budget] for row in zip(found, *end)]
     for axis, label in zip(axes, ("return of the greedy policy", "falls per episode", "KL(q‖p), nats per real step")):
         axis.set(xlabel="|β|", ylabel=label, xscale="log")
     axes[0].set_yscale(SYMLOG)
-    axes[2].set_yscale("log")
+    axes[2].set_yscale("log" if kl.max() > 0 else "linear")
     axes[2].legend(fontsize=9)
     header = ["kind", "beta", "return", "falls", "edge", "kl", "kl_budget"]
     return figure, header, rows, ["kl_budget", "beta_median", "min", "max", "beta_exact", "return", "falls"], table
