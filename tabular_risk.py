@@ -407,11 +407,11 @@ def plot_risky_arm(args, mdp):
     to_a = posterior[:, 0, 1, list(arm.successor[0, 1]).index(1)]
     curves = [beta, *q_value[:, 0].T, to_a, 1 - to_a, kl[:, 0, 1]]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    labels = "left: −5 for certain", "right: −10 (0.9) or 0 (0.1)", "to A (−10), in truth 0.9", "to B (0), in truth 0.1"
+    labels = "left: −5 for certain", "right: −10 (0.9) or 0 (0.1)", "to A (−10)", "to B (0)"
     for index, (curve, label) in enumerate(zip(curves[1:], labels)):
         axes[index // 2].plot(beta[:200], curve[:200], color=f"C{index}", label=label)
     axes[0].set(ylabel="soft Q in S, reward units", title=f"risky below β = 5 / ln 9 = {flip:.4f}")
-    axes[1].set(ylabel="posterior of the step after 'right'", title="small β: optimistic dynamics")
+    axes[1].set(ylabel="posterior of the step after 'right'", title="small β: optimism (in truth A 0.9, B 0.1)")
     for axis, place in zip(axes, ("upper right", "center left")):
         axis.axvspan(0.5, flip, color="mistyrose")
         axis.axvspan(flip, 50, color="honeydew")
@@ -480,7 +480,7 @@ def plot_learning(args, mdp):
             axis.axhline(best[0], color="black", linestyle=":", label="risk-neutral optimum")
         axis.set_yscale("log" if axis is axes[2] else SYMLOG)
         axis.set_title(title)
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, loc=(0.5, 0.2) if axis is axes[0] else None)
     return figure, CURVE_HEADER, rows, ["method", "from_beta", "return", "gap_%", "falls", "edge", "beta"], table
 
 def plot_mnm(args, mdp):

@@ -394,6 +394,13 @@ def test_one_actor_and_many_end_alike():
     assert np.abs(one - many).max() < 0.1 and np.abs(one).max() > 0.5
 
 
+def test_nothing_is_learned_of_a_choice_that_was_never_tried():
+    """Of 5000 choices 200 real steps try about a hundred, and imagination picks about a hundred others."""
+    mdp = tr.make_mdp(np.ones((1, 5000)), 0, np.ones((1, 5000, 1)), gamma=0.5)
+    learned = tr.learn(mdp, "vmbpo", 1, trials=1, actors=1, evals=1)["q"]
+    assert 1 <= np.count_nonzero(learned) < 20
+
+
 def test_no_trial_feels_another():
     one = tr.learn(tr.grid_world(True), "beta-vmbpo", 400, trials=3, beta=[10.0, 10.0, 10.0], evals=2)
     two = tr.learn(tr.grid_world(True), "beta-vmbpo", 400, trials=3, beta=[10.0, 900.0, 10.0], evals=2)
