@@ -26,6 +26,7 @@ import difflib
 import importlib.util
 import json
 import math
+import pickle
 import signal
 import sys
 import time
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 5000  # every fifth row is never trained on; errors are measured on at most so many
+HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
 
 
@@ -97,8 +98,8 @@ class Args:
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
 
 
-RANGE = {"seed": (0, 2**31), "epochs": (0, math.inf), "learning_starts": (10, math.inf)}
-RANGE |= {name: (0, 1) for name in ("gamma", "tau", "real_ratio")}  # other counts: at least 1, other numbers: positive
+RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
+         "tau": (0, 1), "real_ratio": (0, 1), "epochs": (0, math.inf)}  # other counts: at least 1, other numbers: positive
 RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
              "resume", "evaluate", "capture_video"}
 
@@ -115,16 +116,18 @@ def parse_args(argv=None):
     if source := args.resume or args.evaluate:
         try:
             saved = json.loads((Path(source) / "args.json").read_text())
+            (Path(source) / "checkpoint.pt").stat()
             saved |= {"run_dir": source, "resume": "", "evaluate": ""}
             args = tyro.cli(Args, args=argv, default=Args(**saved))
         except (OSError, ValueError, TypeError):
-            fail(f"--{'resume' if args.resume else 'evaluate'} {source}: not the directory of a run of {SCRIPT}.py")
+            flag = "--resume" if args.resume else "--evaluate"
+            fail(f"{flag} {source}: no args.json and checkpoint.pt of {SCRIPT}.py there")
         changed = {k for k in saved if getattr(args, k) != saved[k]} - RESUMABLE
         if changed:
             fail(f"--{min(changed).replace('_', '-')}: differs from the saved run's, {saved[min(changed)]}")
     for name, kind in Args.__annotations__.items():
         value, (low, high) = getattr(args, name), RANGE.get(name, (1 if kind is int else 1e-12, math.inf))
-        if kind in (int, float) and not low <= value <= high:
+        if value != value or kind in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value}: allowed are values from {low} to {high}")
     video = args.evaluate and importlib.util.find_spec("moviepy")
     for name, refused, rule in (
@@ -144,11 +147,11 @@ def parse_args(argv=None):
         device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         torch.zeros(1, device=device)
         flag = f"--termination-fn {args.termination_fn}: must be an importable module:function"
-        load_function(args.termination_fn)
+        assert not args.termination_fn or callable(load_function(args.termination_fn)), "not a function"
         near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
         flag = f"--env-id {args.env_id}: cannot be made" + (f"; near matches: {', '.join(near)}" if near else "")
         space = make_envs(args.env_id, 1).single_action_space
-    except (RuntimeError, AssertionError, ImportError, AttributeError, ValueError, TypeError, gym.error.Error) as error:
+    except Exception as error:  # whatever making a device, a function or an environment of the user's raises
         fail(f"{flag} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         fail(f"--env-id {args.env_id}: its actions must be a bounded Box, not {space}")
@@ -216,7 +219,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x, members=...):
-        return x @ self.weight[members] + self.bias[members]
+        return (x @ self.weight[members]).add_(self.bias[members])
 
 
 class StackedMLP(nn.Module):
@@ -258,8 +261,9 @@ class Normalizer(nn.Module):
         self.register_buffer("mean", torch.zeros(trials, 1, dim))
         self.register_buffer("std", torch.ones(trials, 1, dim))
 
-    def fit(self, x):
-        std, mean = torch.std_mean(x, 1, keepdim=True)
+    def fit(self, *columns):
+        moments = (torch.std_mean(column, 1, keepdim=True) for column in columns)
+        std, mean = (torch.cat(parts, -1) for parts in zip(*moments))
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std < 1e-6, 1.0, std))
 
@@ -358,8 +362,8 @@ class Agent(nn.Module):
         """Fit dynamics and termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, int(buffer.count), (self.args.ensemble_size, self.args.trials)
         obs, action, reward, next_obs, terminated = buffer.storage[:, :count].split(buffer.widths, -1)
-        self.inputs.fit(torch.cat([obs, action], -1))
-        self.targets.fit(torch.cat([next_obs - obs, reward], -1))
+        self.inputs.fit(obs, action)
+        self.targets.fit(next_obs - obs, reward)
         self.states.fit(next_obs)
         self.state_range[0] = torch.minimum(obs.amin(1, keepdim=True), next_obs.amin(1, keepdim=True))
         self.state_range[1] = torch.maximum(obs.amax(1, keepdim=True), next_obs.amax(1, keepdim=True))
@@ -407,8 +411,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def predict(self, obs, action):
         """s', r ~ p and P(end at s'); rows are dealt to the elites in equal chunks."""
-        columns, chunks = [], len(self.elites)
-        for elite, o, a in zip(self.elites, obs.chunk(chunks, 1), action.chunk(chunks, 1)):
+        columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
+        for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
             mean, log_var = self.moments(o, a, (elite, range(len(o))))  # (trials, n, out)
             sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
             delta, reward = sample.split((self.obs_dim, 1), -1)
@@ -536,7 +540,10 @@ def save(path, args, step, agent, buffers):
 
 def load(path, args, agent, buffers=()):
     """Read a checkpoint into the agent and the buffers; returns the environment step it was taken at."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        fail(f"{path}: cannot be read as a checkpoint")
     if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
         fail(f"{path}: a checkpoint of {state['script']}.py on {state['env_id']}")
     agent.load_state_dict(state["agent"])
@@ -560,7 +567,8 @@ def main(args):
     if args.evaluate:
         step = load(run_dir / "checkpoint.pt", args, agent)
         if args.capture_video:
-            eval_envs = gym.wrappers.vector.RecordVideo(eval_envs, str(run_dir / "videos"), name_prefix=f"step-{step}")
+            eval_envs = gym.wrappers.vector.RecordVideo(eval_envs, str(run_dir / "videos"), name_prefix=f"step-{step}",
+                                                        episode_trigger=lambda n: n == 0, record_first_only=True)
         for trial, returns in enumerate(evaluate(agent, eval_envs, args)[0]):
             print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f} "
                   f"over {len(returns)} episodes")
@@ -570,6 +578,8 @@ def main(args):
     buffer = ReplayBuffer(args.trials, args.buffer_size, obs_dim, action_dim, args.device)
     model_buffer = ReplayBuffer(args.trials, args.model_buffer_size, obs_dim, action_dim, args.device)
     start = load(run_dir / "checkpoint.pt", args, agent, (buffer, model_buffer)) if args.resume else 0
+    if start >= args.total_steps:
+        fail(f"--total-steps {args.total_steps}: the run is at step {start} already")
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
     size = sum(parameter.numel() for parameter in agent.parameters())
@@ -602,11 +612,12 @@ def main(args):
         for trial in np.flatnonzero(ended):
             last_obs[trial] = infos["final_obs"][trial]
         buffer.add(column(obs), action, column(reward), column(last_obs), column(terminated))
+        bad = None if np.isfinite([obs, next_obs, last_obs]).all() else "observation"
+        bad = bad or (None if np.isfinite(reward).all() else "reward")
         obs, returns, lengths = next_obs, returns + reward, lengths + 1
         if ended.any():
             logger.log(step, {"train/return": returns, "train/length": lengths}, np.flatnonzero(ended))
         returns, lengths = returns * ~ended, lengths * ~ended
-        bad = "observation" if not np.isfinite(last_obs).all() else None if np.isfinite(reward).all() else "reward"
         lap("buffer")
 
         # learn
@@ -626,8 +637,10 @@ def main(args):
             logger.log(step, {"eval/return": eval_returns.mean(1), "eval/length": eval_lengths.mean(1)})
             bar.set_postfix_str(f"return {eval_returns.mean():.1f}")
             lap("evaluation")
-        if step % args.log_every == 0:
+        saves = step % args.save_every == 0 or step == args.total_steps or stop
+        if step % args.log_every == 0 or saves:
             bad = bad or next((name for name, p in agent.named_parameters() if not p.isfinite().all()), None)
+        if step % args.log_every == 0:
             speed = min(args.log_every, step - start) / sum(seconds.values())
             logger.log(step, metrics | {"time/sps": speed} | {f"time/{name}": s for name, s in seconds.items()})
             if step // args.log_every == max(args.learning_starts, start) // args.log_every + 1:
@@ -639,7 +652,7 @@ def main(args):
             text = f"{SCRIPT}.py: error: step {step}: {bad} is not finite; state saved in {run_dir}/nonfinite.pt"
             tqdm.write(text, sys.stderr)
             return 1
-        if step % args.save_every == 0 or step == args.total_steps or stop:
+        if saves:
             save(run_dir / "checkpoint.pt", args, step, agent, (buffer, model_buffer))
             obs, _ = envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as a resumed run does
             returns, lengths = np.zeros(args.trials), np.zeros(args.trials)

@@ -181,20 +181,20 @@ def test_divergence_against_distributions(estimator):
 def test_imagined_rows_and_their_log_ratio(script):
     """s' comes from q and r from p of one elite per chunk; log q/p of s' as torch.distributions has it."""
     agent, buffer, _ = build(script, beta=0.05, epochs=10)
-    fill(script, buffer)
+    fill(script, buffer, 2000)
     agent.fit_model(buffer)
     agent.state_range[0], agent.state_range[1] = -1e6, 1e6
     obs, action = buffer.storage[:, :4000:2, :3], buffer.storage[:, :4000:2, 3:5]
     next_obs, reward, _, log_ratio = (column.double() for column in agent.predict(obs, action))
     mean, log_var = (x.double().detach() for x in agent.moments(obs, action))
-    half = -(-obs.shape[1] // 2)
-    for elite, chunk in ((agent.elites[0, 0], slice(0, half)), (agent.elites[1, 0], slice(half, None))):
+    for i, rows in enumerate(torch.arange(obs.shape[1]).chunk(8)):  # two elites take turns
+        elite, chunk = agent.elites[i % 2, 0], slice(rows[0], rows[-1] + 1)
         z = agent.targets(torch.cat([next_obs - obs, reward], -1))[0, chunk]
         p, q = (Normal(mean[i, elite, 0, chunk], (0.5 * log_var[i, elite, 0, chunk]).exp()) for i in (0, 1))
         expected = (q.log_prob(z) - p.log_prob(z))[:, :3].sum(-1)
         torch.testing.assert_close(log_ratio[0, chunk, 0], expected, atol=1e-2, rtol=1e-2)
         standard = torch.cat([((z - q.mean) / q.stddev)[:, :3], ((z - p.mean) / p.stddev)[:, 3:]], -1)
-        assert standard.mean(0).abs().max() < 0.3 and (standard.std(0) - 1).abs().max() < 0.2
+        assert standard.mean(0).abs().max() < 0.4 and (standard.std(0) - 1).abs().max() < 0.3
 
 
 # --- dual descent

@@ -1,0 +1,673 @@
+"""The three model-based scripts as a user runs them: short runs, resume, signals, refusals, numbers that are not finite."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import tiny_envs
+import torch
+from conftest import ROOT, load_script
+
+PATHS = {name.split("/")[-1]: name for name in ("beta_vmbpo", "vmbpo", "baselines/mbpo")}
+SCRIPTS = {name: load_script(path) for name, path in PATHS.items()}
+SIZES = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "updates_per_step": 2,
+         "batch_size": 16, "rollouts": 50, "model_buffer_size": 200, "buffer_size": 1000, "learning_starts": 20,
+         "fit_every": 10, "min_first_batches": 5, "max_batches": 5, "log_every": 10, "eval_every": 20, "eval_episodes": 1,
+         "save_every": 1000, "total_steps": 40, "device": "cpu"}
+every_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def flags(**changed):
+    """Keyword arguments as a command line."""
+    pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in changed.items())
+    return [text for pair in pairs for text in pair]
+
+
+def run(name, *more, **changed):
+    """A training run in this process: exit code, agent, and its state when it was built."""
+    script, built = SCRIPTS[name], []
+
+    class Recorded(script.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            built.append((self, {key: value.clone() for key, value in self.state_dict().items()}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "Agent", Recorded)
+        sizes = {} if {"resume", "evaluate"} & set(changed) else SIZES
+        args = script.parse_args(flags(**sizes | changed) + list(more))
+        code = script.main(args)
+    (agent, initial), = built
+    return SimpleNamespace(code=code, args=args, agent=agent, initial=initial)
+
+
+def subprocess_run(command, cwd, **environment):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True,
+                          timeout=100)
+
+
+def checkpoint(run_dir, name="checkpoint.pt"):
+    return torch.load(f"{run_dir}/{name}", weights_only=True)
+
+
+def metrics(run_dir):
+    """Rows (step, trial, metric, value as text) of metrics.csv, without the times, which no two runs share."""
+    with open(f"{run_dir}/metrics.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["step", "trial", "metric", "value"]
+    return [(int(step), int(trial), metric, value) for step, trial, metric, value in rows if not metric.startswith("time/")]
+
+
+def leaves(value, path=""):
+    """Every tensor and number of a nested state, by its path."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, child in items for key, leaf in leaves(child, f"{path}/{name}").items()}
+    return {path: value}
+
+
+def assert_same(state, other):
+    state, other = leaves(state), leaves(other)
+    assert state.keys() == other.keys() and len(state) > 50
+    different = [k for k, v in state.items() if not (torch.equal(v, other[k]) if torch.is_tensor(v) else v == other[k])]
+    assert not different
+
+
+def assert_finite(state):
+    wrong = [k for k, v in leaves(state).items() if torch.is_tensor(v) and v.is_floating_point() and not v.isfinite().all()]
+    assert not wrong
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Scripts set handlers; a script that sets none fails its test instead of ending pytest."""
+    saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in saved.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of each script, two trials on InvertedPendulum-v4; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    runs = {name: run(name, env_id="InvertedPendulum-v4", trials=2, run_dir=folder / name) for name in SCRIPTS}
+    assert all(item.code == 0 for item in runs.values())
+    return runs
+
+
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    """A private copy of a script's finished run."""
+    return lambda name: shutil.copytree(finished[name].args.run_dir, tmp_path / f"copy_of_{name}")
+
+
+# A short run
+
+
+@every_script
+def test_short_run_moves_every_parameter(name, finished):
+    agent, initial, args = finished[name].agent, finished[name].initial, finished[name].args
+    torch.manual_seed(args.seed)
+    fresh = SCRIPTS[name].Agent(args, 4, 1)
+    assert all(torch.equal(value, initial[key]) for key, value in fresh.state_dict().items())
+    final = dict(agent.named_parameters())
+    expected = {"actor.layers.0.weight", "critic.layers.2.bias", "critic_target.layers.0.weight", "log_alpha",
+                "model.layers.2.weight", "model.max_log_var", "model.min_log_var", "terminator.layers.1.bias"}
+    expected |= {"prior_actor.layers.0.weight"} if name != "mbpo" else set()
+    expected |= {"log_beta"} if name == "beta_vmbpo" else set()
+    assert expected <= final.keys()
+    for key, parameter in final.items():
+        moved = (parameter != initial[key]).flatten(0, -3).flatten(1)  # one row per slice of the stack
+        stack = {"critic": 2 * 2, "model": 3 * 2 * (1 if name == "mbpo" else 2)}.get(re.split(r"_t|\.", key)[0], 2)
+        assert len(moved) == stack, key
+        assert moved.any(1).all(), key
+        assert parameter.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", ["beta_vmbpo", "vmbpo"])
+def test_short_run_trains_the_posterior_apart_from_the_prior(name, finished):
+    for key, parameter in finished[name].agent.model.named_parameters():
+        if key != "min_log_var":  # far below the variances of so short a fit: it feels the penalty alone
+            prior, posterior = parameter.flatten(1, -3).flatten(2)
+            assert (prior != posterior).any(-1).all(), key
+
+
+@every_script
+def test_short_run_fills_buffers_and_statistics(name, finished):
+    agent, initial = finished[name].agent, finished[name].initial
+    state = checkpoint(finished[name].args.run_dir)
+    real, imagined = state["buffers"]
+    assert state["step"] == 40
+    assert (real["added"], imagined["added"]) == (40, 3 * 50)  # fits at steps 20, 30 and 40
+    assert imagined["storage"].shape[1] == 150
+    assert imagined["storage"].isfinite().all()
+    assert imagined["storage"][..., :4].std(1).gt(0).all()  # imagined states are not all the same
+    # The statistics of the last fit, which saw all 40 rows.
+    rest = [1] * (real["storage"].shape[-1] - 10)
+    obs, action, reward, next_obs, terminated = real["storage"].split((4, 1, 1, 4, *rest), -1)[:5]
+    for normalizer, x in ((agent.inputs, torch.cat([obs, action], -1)), (agent.states, next_obs),
+                          (agent.targets, torch.cat([next_obs - obs, reward], -1))):
+        std = x.std(1, keepdim=True)
+        torch.testing.assert_close(normalizer.mean, x.mean(1, keepdim=True))
+        torch.testing.assert_close(normalizer.std, torch.where(std < 1e-6, 1.0, std))
+    both = torch.cat([obs, next_obs], 1)
+    assert torch.equal(agent.state_range, torch.stack([both.amin(1, keepdim=True), both.amax(1, keepdim=True)]))
+    assert terminated.any(1).all() and agent.ever_ended.all()  # a pole moved at random falls within 40 steps
+    assert all(len(set(elites)) == 2 and set(elites) <= {0, 1, 2} for elites in agent.elites.T.tolist())
+    # The critic's target follows the critic at a distance.
+    for key, value in agent.critic_target.state_dict().items():
+        start, end = initial[f"critic.{key}"], agent.critic.state_dict()[key]
+        assert 0 < (value - start).norm() < (end - start).norm(), key
+
+
+@every_script
+def test_run_directory(name, finished):
+    args = finished[name].args
+    folder = ROOT / args.run_dir
+    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.csv", "checkpoint.pt", "curve.png"}
+    saved = json.loads((folder / "args.json").read_text())
+    assert {key: saved[key] for key in SIZES} == SIZES
+    assert (saved["env_id"], saved["trials"], saved["seed"]) == ("InvertedPendulum-v4", 2, 1)
+    assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = metrics(folder)
+    assert len({row[:3] for row in rows}) == len(rows)
+    steps = {}
+    for step, trial, metric, value in rows:
+        assert trial in (0, 1) and math.isfinite(float(value))
+        steps.setdefault((metric, trial), []).append(step)
+    assert all(when == sorted(when) for when in steps.values())
+    always = {"loss/critic", "value/q", "policy/entropy", "policy/alpha"}
+    assert {metric.split("/")[0] for metric, _ in steps} == {"train", "eval", "loss", "value", "policy", "model"}
+    for trial in (0, 1):
+        assert all(steps[metric, trial] == [20, 30, 40] for metric in always)
+        fits = {metric: when for (metric, i), when in steps.items() if metric.startswith("model/") and i == trial}
+        assert len(fits) >= 2 and all(when == [20, 30, 40] for when in fits.values())
+        assert steps["eval/return", trial] == steps["eval/length", trial] == [20, 40]
+        # Every step is rewarded with 1 until the pole falls.
+        for group in ("train", "eval"):
+            ends = {kind: [value for _, i, metric, value in rows if (i, metric) == (trial, f"{group}/{kind}")]
+                    for kind in ("return", "length")}
+            assert ends["return"] and ends["return"] == ends["length"]
+    times = (folder / "metrics.csv").read_text().splitlines()
+    assert all(line.split(",")[1] == "-1" for line in times if ",time/" in line)
+    assert sum(",time/sps," in line for line in times) == 4
+
+
+@every_script
+def test_default_run_directory_and_terminal(name, tmp_path, capsys):
+    item = run(name, env_id="Pendulum-v1", total_steps=20, seed=3)
+    (folder,) = (tmp_path / "runs" / "Pendulum-v1").iterdir()
+    assert re.fullmatch(rf"{name}_s3_\d{{8}}-\d{{6}}", folder.name)
+    assert (folder / "checkpoint.pt").exists()
+    line = capsys.readouterr().out.splitlines()[0]
+    parameters = sum(parameter.numel() for parameter in item.agent.parameters())
+    for part in (folder.name, "Pendulum-v1", "observation 3", "action 1", "cpu", f"{parameters:,}"):
+        assert part in line
+
+
+@every_script
+def test_rows_of_the_buffer_against_a_counter(name):
+    """Observation, action, reward, next observation and termination belong together, in two trials of known numbers."""
+    args = run(name, env_id="tiny_envs:Counter-v0", trials=2, seed=3, run_dir="run").args
+    rows = checkpoint(args.run_dir)["buffers"][0]["storage"]
+    for trial in range(2):
+        obs, action, reward, next_obs, terminated = rows[trial].split((2, 1, 1, 2, *[1] * (rows.shape[-1] - 6)), -1)[:5]
+        expected, ends, episode, count = [], [], 0, 0
+        for step in range(1, 41):
+            base, count = 1000 * (3 + trial) + 100 * episode, count + 1
+            dies = episode % 2 == 1 and count == 5
+            expected.append((base + count - 1, count, base + count, float(dies)))
+            if dies or count == 7:
+                ends.append((step, sum(range(1, count + 1)), count))
+                episode, count = episode + 1, 0
+        columns = [obs[:, 0], reward[:, 0], next_obs[:, 0], terminated[:, 0]]
+        assert torch.equal(torch.stack(columns, 1), torch.tensor(expected))
+        assert sum(row[3] for row in expected) == 3
+        received = tiny_envs.LOW + (action[:, 0] + 1) / 2 * (tiny_envs.HIGH - tiny_envs.LOW)
+        torch.testing.assert_close(next_obs[:, 1], received, rtol=1e-4, atol=1e-4)
+        assert action.abs().max() <= 1 and action[:20].unique().numel() == 20
+        starts = torch.tensor([step in {0, *(end[0] for end in ends)} for step in range(40)])
+        assert torch.equal(obs[:, 1], torch.where(starts, 0.0, torch.cat([obs[:1, 1], next_obs[:-1, 1]])))
+        logged = {(metric, step): float(value) for step, i, metric, value in metrics(args.run_dir) if i == trial}
+        assert [(step, logged["train/return", step], logged["train/length", step]) for step, *_ in ends] == ends
+        assert sum(metric == "train/return" for metric, _ in logged) == len(ends)
+        assert logged["eval/return", 40] == 28 and logged["eval/length", 40] == 7
+
+
+@every_script
+def test_dictionary_observations_and_known_termination(name):
+    args = run(name, env_id="tiny_envs:Dictionary-v0", termination_fn="tiny_envs:ends_above", run_dir="run").args
+    real, imagined = (buffer["storage"][0] for buffer in checkpoint(args.run_dir)["buffers"])
+    assert torch.equal(real[:7, 0], torch.arange(1000.0, 1007.0))
+    assert torch.equal(real[:7, 4], torch.arange(1001.0, 1008.0))
+    assert torch.equal(imagined[:, 6], (imagined[:, 5] > 2).float())
+    assert imagined[:, 6].unique().numel() == 2
+
+
+# Resume
+
+
+@every_script
+def test_resume_equals_an_uninterrupted_run(name):
+    """Two trials, episodes that end early and buffers that wrap; the interruption is an end or a crash."""
+    shape = {"env_id": "InvertedPendulum-v4", "trials": 2, "save_every": 40, "buffer_size": 30,
+             "model_buffer_size": 120}
+    assert run(name, **shape, total_steps=80, run_dir="whole").code == 0
+    assert run(name, **shape, total_steps=40, run_dir="halves").code == 0
+    assert run(name, resume="halves", total_steps=80).code == 0
+
+    learn, calls = SCRIPTS[name].Agent.learn, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 36:  # step 55
+            raise ZeroDivisionError
+        return learn(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SCRIPTS[name].Agent, "learn", crash)
+        with pytest.raises(ZeroDivisionError):
+            run(name, **shape, total_steps=80, run_dir="crashed")
+    assert checkpoint("crashed")["step"] == 40
+    with open("crashed/metrics.csv", "a") as file:
+        file.write("5")  # of a line that the process did not finish, at step 55
+    after = [line for line in open("crashed/metrics.csv") if line.startswith("50,")]
+    assert len(after) > 8
+    assert run(name, resume="crashed").code == 0
+
+    whole, rows = checkpoint("whole"), metrics("whole")
+    assert whole["step"] == 80 and whole["buffers"][0]["added"] == 80
+    assert len({row[:3] for row in rows}) == len(rows) and rows[-1][0] == 80
+    assert any(step < 80 and metric == "train/return" for step, _, metric, _ in rows)
+    for other in ("halves", "crashed"):
+        assert_same(checkpoint(other), whole)
+        assert metrics(other) == rows
+
+
+@every_script
+def test_resume_with_other_intervals_keeps_the_rest(name, copy_of):
+    folder = copy_of(name)
+    assert run(name, resume=folder, total_steps=50, eval_episodes=2, log_every=5).code == 0
+    assert checkpoint(folder)["step"] == 50
+    saved = json.loads((folder / "args.json").read_text())
+    assert (saved["total_steps"], saved["eval_episodes"], saved["hidden_dim"], saved["trials"]) == (50, 2, 16, 2)
+    assert {step for step, _, metric, _ in metrics(folder) if metric == "loss/critic"} == {20, 30, 40, 45, 50}
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@every_script
+def test_signal_saves_and_exits(name, number, tmp_path, monkeypatch):
+    """In its own process for one signal per script; the run has not been evaluated yet when the signal comes."""
+    shape = SIZES | {"env_id": "tiny_envs:Signal-v0", "eval_every": 1000, "total_steps": 60, "run_dir": tmp_path / "run"}
+    if (name, number) in (("beta_vmbpo", signal.SIGTERM), ("vmbpo", signal.SIGINT), ("mbpo", signal.SIGTERM)):
+        command = [ROOT / f"{PATHS[name]}.py", *flags(**shape)]
+        result = subprocess_run(command, tmp_path, TINY_SIGNAL=str(int(number)))
+        assert result.returncode == 128 + number, result.stderr
+        assert "Traceback" not in result.stderr
+    else:
+        signal.signal(number, lambda *_: pytest.fail("the script has not set a handler"))
+        monkeypatch.setenv("TINY_SIGNAL", str(int(number)))
+        assert run(name, **shape).code == 128 + number
+    assert checkpoint("run")["step"] == 33
+    assert_finite(checkpoint("run"))
+    monkeypatch.delenv("TINY_SIGNAL", raising=False)
+    assert run(name, resume="run").code == 0
+    assert checkpoint("run")["step"] == 60
+
+
+KILL = """
+import importlib.util, io, os, signal, sys
+import torch
+spec = importlib.util.spec_from_file_location({name!r}, {path!r})
+script = importlib.util.module_from_spec(spec)
+sys.modules[{name!r}] = script
+spec.loader.exec_module(script)
+save, replace, saves = torch.save, os.replace, []
+
+def killed_save(state, path):
+    saves.append(path)
+    if len(saves) == 2 and {where!r} == "write":
+        whole = io.BytesIO()
+        save(state, whole)
+        with open(path, "wb") as file:
+            file.write(whole.getvalue()[: whole.tell() // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+
+def killed_replace(source, target):
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+torch.save, os.replace = killed_save, killed_replace
+script.main(script.parse_args({argv!r}))
+"""
+
+
+@pytest.mark.parametrize("name, where", [("beta_vmbpo", "write"), ("vmbpo", "replace"), ("mbpo", "write")])
+def test_kill_during_a_save_leaves_the_last_checkpoint(name, where, tmp_path):
+    argv = flags(**SIZES | {"env_id": "tiny_envs:Counter-v0", "save_every": 25, "total_steps": 60, "run_dir": "run"})
+    program = KILL.format(name=name, path=str(ROOT / f"{PATHS[name]}.py"), argv=argv, where=where)
+    result = subprocess_run(["-c", program], tmp_path)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert checkpoint("run")["step"] == 25
+    assert any(step > 25 for step, *_ in metrics("run"))
+    assert run(name, resume="run").code == 0
+    assert run(name, env_id="tiny_envs:Counter-v0", save_every=25, total_steps=60, run_dir="whole").code == 0
+    assert_same(checkpoint("run"), checkpoint("whole"))
+    assert metrics("run") == metrics("whole")
+
+
+# Refusals
+
+
+def refusal(name, argv, capsys, tmp_path):
+    """The one line on stderr with which a command is refused."""
+    before = files(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        args = SCRIPTS[name].parse_args([str(text) for text in argv])
+        if args.resume or args.evaluate:  # a checkpoint is looked at later than the flags
+            SCRIPTS[name].main(args)
+    output = capsys.readouterr()
+    assert stop.value.code == 2
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"{name}.py: error: ") and output.out == ""
+    assert files(tmp_path) == before
+    return line
+
+
+REFUSED = [  # flags, what the line must contain
+    ("--env-id HalfCheeta-v4", "--env-id HalfCheeta-v4", "HalfCheetah-v4"),
+    ("--env-id tiny_envs:Nothing-v0", "--env-id tiny_envs:Nothing-v0"),
+    ("--env-id no_such_module:Counter-v0", "--env-id no_such_module:Counter-v0"),
+    ("--env-id dm_control/nothing-v0", "--env-id dm_control/nothing-v0"),
+    ("--env-id CartPole-v1", "--env-id CartPole-v1", "Discrete"),
+    ("--env-id tiny_envs:Unbounded-v0", "--env-id tiny_envs:Unbounded-v0", "bounded"),
+    ("--batch-size 0", "--batch-size 0", "1"),
+    ("--trials 0", "--trials 0", "1"),
+    ("--seed -1", "--seed -1", "0"),
+    ("--hidden-dim 0", "--hidden-dim 0"),
+    ("--ensemble-size 0", "--ensemble-size 0"),
+    ("--num-elites 0", "--num-elites 0"),
+    ("--model-dim -5", "--model-dim -5"),
+    ("--model-layers 0", "--model-layers 0"),
+    ("--updates-per-step 0", "--updates-per-step 0"),
+    ("--buffer-size 0", "--buffer-size 0"),
+    ("--model-buffer-size 0", "--model-buffer-size 0"),
+    ("--rollouts 0", "--rollouts 0"),
+    ("--horizon 0", "--horizon 0"),
+    ("--fit-every 0", "--fit-every 0"),
+    ("--max-batches 0", "--max-batches 0"),
+    ("--log-every 0", "--log-every 0"),
+    ("--eval-every 0", "--eval-every 0"),
+    ("--eval-episodes 0", "--eval-episodes 0"),
+    ("--save-every 0", "--save-every 0"),
+    ("--total-steps 0", "--total-steps 0"),
+    ("--learning-starts 0", "--learning-starts 0"),
+    ("--gamma 1.5", "--gamma 1.5", "0", "1"),
+    ("--gamma nan", "--gamma nan"),
+    ("--tau -0.1", "--tau -0.1"),
+    ("--real-ratio 1.5", "--real-ratio 1.5"),
+    ("--learning-rate 0", "--learning-rate 0"),
+    ("--model-learning-rate nan", "--model-learning-rate nan"),
+    ("--target-entropy nan", "--target-entropy nan"),
+    ("--total-steps 500 --learning-starts 600", "--total-steps", "--learning-starts"),
+    ("--num-elites 8", "--num-elites", "--ensemble-size"),
+    ("--rollouts 500000", "--rollouts", "--model-buffer-size"),
+    ("--horizon 3", "--max-horizon", "--horizon"),
+    ("--horizon-from 7000 --horizon-until 7000", "--horizon-until", "--horizon-from"),
+    ("--device cuda:99", "--device cuda:99"),
+    ("--device nonsense", "--device nonsense"),
+    ("--termination-fn nonsense", "--termination-fn nonsense"),
+    ("--termination-fn math", "--termination-fn math"),
+    ("--termination-fn math:nothing", "--termination-fn math:nothing"),
+    ("--termination-fn math:pi", "--termination-fn math:pi"),
+    ("--capture-video", "--capture-video", "--evaluate"),
+    ("--resume nowhere", "--resume nowhere"),
+    ("--evaluate nowhere", "--evaluate nowhere"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
+@every_script
+def test_refused(name, row, capsys, tmp_path):
+    command, *parts = row
+    default = [] if "--env-id" in command else ["--env-id", "Pendulum-v1"]
+    line = refusal(name, default + command.split(), capsys, tmp_path)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("command", ["--beta 0", "--beta -1", "--beta nan"])
+@pytest.mark.parametrize("name", ["beta_vmbpo", "vmbpo"])
+def test_beta_refused(name, command, capsys, tmp_path):
+    assert command in refusal(name, command.split(), capsys, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["--kl-budget 0", "--kl-budget nan", "--beta-lr 0"])
+def test_dual_step_refused(command, capsys, tmp_path):
+    assert command in refusal("beta_vmbpo", command.split(), capsys, tmp_path)
+
+
+@every_script
+def test_infinite_beta_is_allowed_where_there_is_one(name):
+    """∞ is MBPO, as the flag's help says; rows of metrics before the first update do not stop the run."""
+    beta = {} if name == "mbpo" else {"beta": "inf"}
+    item = run(name, env_id="tiny_envs:Counter-v0", **beta, run_dir="run")
+    assert item.code == 0
+    assert_finite(checkpoint("run")["agent"])
+
+
+@every_script
+def test_run_directory_that_exists_is_refused(name, capsys, tmp_path):
+    (tmp_path / "taken").mkdir()
+    assert "--run-dir taken" in refusal(name, ["--env-id", "Pendulum-v1", "--run-dir", "taken"], capsys, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@every_script
+def test_run_of_another_script_is_refused(name, flag, finished, copy_of, capsys, tmp_path):
+    for other in SCRIPTS.keys() - {name}:
+        folder = copy_of(other)
+        assert str(folder) in refusal(name, [flag, folder], capsys, tmp_path)
+        shutil.rmtree(folder)
+    folder = copy_of(name)
+    shutil.copy(f"{finished[other].args.run_dir}/checkpoint.pt", folder)
+    line = refusal(name, [flag, folder], capsys, tmp_path)
+    assert str(folder) in line and f"{other}.py" in line
+
+
+@every_script
+def test_checkpoint_of_another_environment_is_refused(name, copy_of, capsys, tmp_path):
+    folder = copy_of(name)
+    line = refusal(name, ["--resume", folder, "--env-id", "Pendulum-v1"], capsys, tmp_path)
+    assert "--env-id" in line and "InvertedPendulum-v4" in line
+    text = (folder / "args.json").read_text()
+    (folder / "args.json").write_text(text.replace("InvertedPendulum-v4", "InvertedDoublePendulum-v4"))
+    assert "InvertedPendulum-v4" in refusal(name, ["--resume", folder], capsys, tmp_path)
+
+
+@every_script
+def test_resume_refuses_changed_sizes(name, copy_of, capsys, tmp_path):
+    folder = copy_of(name)
+    for flag, value, saved in (("--hidden-dim", 32, "16"), ("--trials", 1, "2"), ("--gamma", 0.5, "0.99")):
+        line = refusal(name, ["--resume", folder, flag, value], capsys, tmp_path)
+        assert flag in line and saved in line
+    assert "--total-steps" in refusal(name, ["--resume", folder, "--total-steps", 10], capsys, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+@every_script
+def test_directory_without_a_checkpoint_is_refused(name, flag, copy_of, capsys, tmp_path):
+    folder = copy_of(name)
+    (folder / "checkpoint.pt").unlink()  # a run that was killed before its first save
+    assert str(folder) in refusal(name, [flag, folder], capsys, tmp_path)
+    (folder / "args.json").write_text("{")
+    assert f"{flag} {folder}" in refusal(name, [flag, folder], capsys, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert f"{flag} empty" in refusal(name, [flag, "empty"], capsys, tmp_path)
+
+
+@every_script
+def test_unknown_flags_and_types_exit_with_2(name, capsys):
+    for argv in (["--no-such-flag", "1"], ["--trials", "two"], ["--wandb", "cloud"], ["--total-steps", "1e5"]):
+        with pytest.raises(SystemExit) as stop:
+            SCRIPTS[name].parse_args(argv)
+        assert stop.value.code == 2
+        assert argv[0] in capsys.readouterr().err
+
+
+@every_script
+def test_refusal_of_a_process_is_one_line(name, tmp_path):
+    result = subprocess_run([ROOT / f"{PATHS[name]}.py", "--env-id", "tiny_envs:Unbounded-v0"], tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{name}.py: error: --env-id tiny_envs:Unbounded-v0: ")
+    assert not [*tmp_path.iterdir()]
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("env_id, step, tensor", [("NanObservation-v0", 33, "observation"), ("NanReward-v0", 33, "reward"),
+                                                  ("InfFinalObservation-v0", 31, "observation"),
+                                                  ("NanResetObservation-v0", 15, "observation")])
+@every_script
+def test_environment_that_is_not_finite_stops_the_run(name, env_id, step, tensor, capsys):
+    """Episodes end at 7, 15, 23, 31; at step 15 only the first state of the next one is wrong."""
+    shape = {"save_every": 8, "eval_every": 1000, "total_steps": 60, "env_id": f"tiny_envs:{env_id}", "run_dir": "run"}
+    assert run(name, **shape).code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"step {step}" in line and tensor in line and "run/nonfinite.pt" in line
+    assert checkpoint("run")["step"] == step // 8 * 8
+    assert_finite(checkpoint("run"))
+    broken = checkpoint("run", "nonfinite.pt")
+    assert broken["step"] == step
+    assert_finite(broken["agent"])
+
+
+@every_script
+def test_parameter_that_is_not_finite_stops_the_run(name, capsys, monkeypatch):
+    """Nothing that came after the fault replaces the last good checkpoint, wherever the intervals fall."""
+    learn, calls = SCRIPTS[name].Agent.learn, []
+
+    def poison(agent, *args):
+        result = learn(agent, *args)
+        calls.append(1)
+        if len(calls) == fault - 19:  # the first call is at step 20
+            agent.critic.layers[1].bias.data[0, 0, 0, 3] = math.nan
+        return result
+
+    monkeypatch.setattr(SCRIPTS[name].Agent, "learn", poison)
+    for fault, save_every, good in ((40, 30, 30), (35, 18, 18)):
+        calls.clear()
+        shape = {"save_every": save_every, "eval_every": 1000, "total_steps": 60, "env_id": "tiny_envs:Counter-v0"}
+        assert run(name, **shape, run_dir=f"run_{fault}").code == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        step = checkpoint(f"run_{fault}", "nonfinite.pt")["step"]
+        assert f"step {step}:" in line and fault <= step <= 40 and f"run_{fault}/nonfinite.pt" in line
+        assert checkpoint(f"run_{fault}")["step"] == good
+        assert_finite(checkpoint(f"run_{fault}"))
+        if step == fault:
+            assert "critic.layers.1.bias" in line
+        else:
+            assert re.search(r"(actor|critic|log_alpha)", line)
+
+
+# Evaluation
+
+
+@every_script
+def test_evaluate_prints_the_returns_of_the_saved_agent(name, finished, copy_of, capsys):
+    """Against a plain loop over one environment at a time."""
+    folder = copy_of(name)
+    before, actor, returns = files(folder), finished[name].agent.actor, np.zeros((2, 3))
+    env = gym.make("InvertedPendulum-v4")
+    for i in range(6):
+        obs, over = env.reset(seed=1 + 10_000 + i)[0], False
+        while not over:
+            with torch.no_grad():
+                mean = actor(torch.as_tensor(obs, dtype=torch.float32).expand(2, 1, 4))[0][i // 3, 0]
+            obs, reward, terminated, truncated, _ = env.step(3 * mean.tanh().numpy())  # its bounds are ±3
+            returns[i // 3, i % 3], over = returns[i // 3, i % 3] + reward, terminated or truncated
+    output = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert run(name, evaluate=folder, eval_episodes=3).code == 0
+        output.append(capsys.readouterr().out)
+    assert output[0] == output[1]
+    lines = output[0].splitlines()
+    assert len(lines) == 2
+    for trial, line in enumerate(lines):
+        assert f"trial {trial}" in line and "step 40" in line and "3 episodes" in line
+        assert f"return {returns[trial].mean():.1f}" in line and f"{returns[trial].std():.1f}" in line
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("env_id", ["tiny_envs:Counter-v0", "tiny_envs:Dictionary-v0"])
+@every_script
+def test_evaluate_in_an_environment_of_ones_own(name, env_id, capsys):
+    run(name, env_id=env_id, total_steps=20, run_dir="run")
+    capsys.readouterr()
+    assert run(name, evaluate="run", eval_episodes=4).code == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert env_id in line and "return 28.0" in line and "4 episodes" in line  # 1 + 2 + ... + 7
+
+
+@every_script
+def test_capture_video_writes_an_mp4(name, tmp_path, capsys):
+    from moviepy import VideoFileClip
+
+    run(name, env_id="tiny_envs:Counter-v0", trials=2, total_steps=20, run_dir="run")
+    assert run(name, "--capture-video", evaluate="run").code == 0
+    (video,) = (tmp_path / "run" / "videos").glob("*.mp4")
+    assert "step-20" in video.name
+    with VideoFileClip(str(video)) as clip:
+        assert clip.fps == 10 and 7 <= clip.n_frames <= 8
+        brightness = [frame.mean() for frame in clip.iter_frames()]
+    assert np.all(np.diff(brightness[:6]) > 5)  # the counter's frames grow brighter
+
+
+# What the optional packages add
+
+
+def test_dm_control(tmp_path):
+    import shimmy  # noqa: F401  (of the optional requirements; without it this test fails)
+
+    item = run("beta_vmbpo", env_id="dm_control/cartpole-swingup-v0", total_steps=30, run_dir="run", eval_every=1000)
+    assert item.code == 0 and item.agent.obs_dim == 5
+    rows = checkpoint("run")["buffers"][0]["storage"][0]
+    obs, action, reward, next_obs, terminated = rows.split((5, 1, 1, 5, 1, 1), -1)[:5]
+    torch.testing.assert_close(obs[:, 1:3].norm(dim=-1), torch.ones(30))  # cosine and sine of the pole
+    assert torch.equal(obs[1:], next_obs[:-1]) and not terminated.any()
+    assert reward.min() >= 0 and reward.max() <= 1
+
+
+def test_wandb_offline_needs_no_account(tmp_path):
+    shape = SIZES | {"env_id": "tiny_envs:Counter-v0", "total_steps": 20, "run_dir": tmp_path / "run", "wandb": "offline"}
+    home = {name: str(tmp_path / "home") for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")}
+    home |= {"WANDB_API_KEY": "", "WANDB_SILENT": "true"}
+    result = subprocess_run([ROOT / "beta_vmbpo.py", *flags(**shape)], tmp_path, **home)
+    assert result.returncode == 0, result.stderr
+    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"eval/return" in record.read_bytes()
+    assert checkpoint("run")["step"] == 20

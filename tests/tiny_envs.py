@@ -1,0 +1,104 @@
+"""Environments whose numbers are known in advance; `tiny_envs:Counter-v0` and so on. Importing registers them."""
+
+import os
+import signal
+
+import gymnasium as gym
+import numpy as np
+
+LOW, HIGH = -2.0, 6.0  # bounds of the action, so that rescaling shows
+
+
+class Counter(gym.Env):
+    """Observation (1000 seed + 100 episode + step, action received); reward: the step; odd episodes terminate at step 5."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(LOW, HIGH, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode, self.total = render_mode, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.base, self.episode = 1000 * seed, -1
+        self.episode, self.count, self.received = self.episode + 1, 0, 0.0
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.base + 100 * self.episode + self.count, self.received], np.float32)
+
+    def step(self, action):
+        self.total, self.count, self.received = self.total + 1, self.count + 1, float(action[0])
+        return self.observe(), float(self.count), self.episode % 2 == 1 and self.count == 5, False, {}
+
+    def render(self):
+        return np.full((64, 64, 3), 20 * self.count, np.uint8)
+
+
+class NanObservation(Counter):
+    """An observation that is not a number in step 33 of every environment."""
+
+    def observe(self):
+        return super().observe() * (np.nan if self.total == 33 else 1)
+
+
+class InfFinalObservation(Counter):
+    """An infinite observation in step 31; infinity, too, is not a finite number."""
+
+    def step(self, action):
+        obs, *others = super().step(action)
+        return obs + (np.inf if self.total == 31 else 0), *others
+
+
+class NanResetObservation(Counter):
+    """An observation that is not a number after the reset that follows step 15, and only there."""
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs * (np.nan if self.total == 15 else 1), info
+
+
+class NanReward(Counter):
+    """A reward that is not a number in step 33 of every environment."""
+
+    def step(self, action):
+        obs, reward, *others = super().step(action)
+        return obs, np.nan if self.total == 33 else reward, *others
+
+
+class Signal(Counter):
+    """The process receives the signal TINY_SIGNAL, if set, in step 33."""
+
+    def step(self, action):
+        if self.total + 1 == 33 and "TINY_SIGNAL" in os.environ:
+            signal.raise_signal(int(os.environ["TINY_SIGNAL"]))
+        return super().step(action)
+
+
+class Dictionary(Counter):
+    """The counter's observation as a dictionary."""
+
+    observation_space = gym.spaces.Dict(
+        {"count": gym.spaces.Box(-np.inf, np.inf, (1,)), "received": gym.spaces.Box(-np.inf, np.inf, (1,))}
+    )
+
+    def observe(self):
+        count, received = super().observe()
+        return {"count": np.array([count]), "received": np.array([received])}
+
+
+class Unbounded(Counter):
+    """Actions without bounds."""
+
+    action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+def ends_above(obs, action, next_obs):
+    """A rule of termination, for --termination-fn."""
+    return next_obs[..., 1] > 2
+
+
+for kind in (Counter, NanObservation, InfFinalObservation, NanResetObservation, NanReward, Signal, Dictionary, Unbounded):
+    gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=7)
