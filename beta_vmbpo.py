@@ -20,11 +20,11 @@ Deviations from the paper, each with the flag that goes back to its letter where
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
- 5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose magnitude grows
-    with β so that Adam overshoots to the clamp. `--dual-step adam`: that.
+ 5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose size grows with β
+    and with a KL that jumps by orders of magnitude. `--dual-step adam`: Adam on (9).
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
-    `--entropy none`: the policy's standard deviation falls to its floor within a few hundred steps.
+    `--entropy none`: nothing keeps the policy's standard deviation from falling to its floor.
  8. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after
     each update the KL in (13) has gradient zero: it is computed only when `--prior-interval` is above 1.
  9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400

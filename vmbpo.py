@@ -18,8 +18,8 @@ Deviations from the paper, each with the flag that goes back to its letter where
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
- 6. Actor and critic have an entropy bonus with tuned α. `--entropy none`: Appendix C.1, where the policy's
-    standard deviation falls to its floor within a few hundred steps; `--entropy critic`: dying early is then optimal.
+ 6. Actor and critic have an entropy bonus with tuned α. `--entropy none`: Appendix C.1, where nothing keeps the
+    policy's standard deviation from falling to its floor; `--entropy critic`: dying early is then optimal.
  7. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after
     each update the KL in (13) has gradient zero: it is computed only when `--prior-interval` is above 1.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
