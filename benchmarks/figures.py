@@ -86,8 +86,8 @@ def draw(args, rows, path):
         if metric == "eval/return" and args.reference:
             last = max(int(row[1]) for row in rows)
             points = {step: point for step, point in PUBLISHED[args.reference].items() if step <= 1.5 * last}
-            mean, std = zip(*points.values())
-            axis.errorbar(list(points), mean, std, fmt="o", color="grey", capsize=3, zorder=0, label="MBPO, published")
+            for i, (step, (mean, std)) in enumerate(points.items()):
+                axis.errorbar(step, mean, std, fmt="o", color="grey", capsize=3, zorder=0, label="" if i else "MBPO, published")
         axis.set(xlabel="environment steps per trial", title=NAMES.get(metric, metric))
     for axis in axes[len(args.metrics) :]:
         axis.remove()

@@ -1,0 +1,75 @@
+"""benchmarks/figures.py and cost.py do what their docstrings say, on runs made up here."""
+
+import csv
+
+import pytest
+from conftest import ROOT, load_script
+
+FIGURES, COST = load_script("benchmarks/figures"), load_script("benchmarks/cost")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Two runs of 300 evaluations and two trials, and empty folders for what is drawn from them."""
+    for folder in ("results", "figures", "one", "two"):
+        (tmp_path / folder).mkdir()
+    for index, run in enumerate(("one", "two")):
+        rows = [f"{step},{trial},{metric},{step + trial + 1000 * index}" for step in range(10, 3010, 10) for trial in (0, 1)
+                for metric in ("eval/return", "model/kl", "loss/critic")]
+        (tmp_path / run / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(rows) + "\n")
+    monkeypatch.setattr(FIGURES, "HERE", tmp_path)
+    monkeypatch.setattr(COST, "HERE", tmp_path / "benchmarks")
+    return tmp_path
+
+
+def test_figure_and_thinned_csv(here, capsys):
+    flags = {"name": "made_up", "metrics": ("eval/return", "model/kl"), "labels": ("A", "B"), "reference": "Hopper-v4"}
+    assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), **flags)) == 0
+    rows = list(csv.DictReader((here / "results/made_up.csv").open()))
+    steps = {int(row["step"]) for row in rows}
+    assert {row["metric"] for row in rows} == {"eval/return", "model/kl"} and {row["label"] for row in rows} == {"A", "B"}
+    assert len(steps) <= 101 and {10, 3000} <= steps
+    assert all(float(row["value"]) == int(row["step"]) + int(row["trial"]) + 1000 * (row["label"] == "B") for row in rows)
+    assert "A: return at step 3000: 3000.5 ± 0.5 (3000, 3001)" in capsys.readouterr().out
+    picture = (here / "figures/made_up.png").read_bytes()
+    (here / "figures/made_up.png").unlink()
+    assert FIGURES.main(FIGURES.Args(from_csv=True, **(flags | {"labels": ()}))) == 0
+    assert (here / "figures/made_up.png").read_bytes() == picture
+
+
+@pytest.mark.parametrize("flags, named", [
+    ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs"), ({"from_csv": True}, "--from-csv"),
+    ({"runs": ("one",), "labels": ("A", "B")}, "--labels"), ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"),
+], ids=str)
+def test_figures_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
+    monkeypatch.chdir(here)
+    assert FIGURES.main(FIGURES.Args(name="made_up", **flags)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and named in lines[0] and not list((here / "results").iterdir())
+
+
+def test_committed_results_are_small_and_draw(here):
+    for path in (ROOT / "benchmarks/results").glob("*.csv"):
+        assert path.stat().st_size <= 200_000, path
+
+
+def test_cost_of_a_step_is_the_sum_of_its_parts(here, monkeypatch):
+    (here / "benchmarks/results").mkdir(parents=True)
+    args = COST.Args(scripts=("beta_vmbpo",), env_id="InvertedPendulum-v4", rows=60, repeats=1)
+    script = COST.load
+    small = {"hidden_dim": 8, "model_dim": 8, "batch_size": 8, "rollouts": 50, "model_buffer_size": 100, "min_first_batches": 1}
+
+    def load(name):
+        monkeypatch.setattr(COST, "HERE", ROOT / "benchmarks")
+        module = script(name)
+        monkeypatch.setattr(COST, "HERE", here / "benchmarks")
+        defaults = module.Args
+        monkeypatch.setattr(module, "Args", lambda **flags: defaults(**small, **flags))
+        return module
+
+    monkeypatch.setattr(COST, "load", load)
+    assert COST.main(args) == 0
+    row, = csv.DictReader((here / "benchmarks/results/cost.csv").open())
+    total = float(row["environment_ms"]) + 20 * float(row["update_ms"]) + (float(row["fit_ms"]) + float(row["rollouts_ms"])) / 250
+    assert float(row["step_ms"]) == pytest.approx(total, rel=0.01) and total > 0
+    assert float(row["steps_per_second"]) == pytest.approx(1000 / total, rel=0.01)
