@@ -20,15 +20,15 @@ Deviations from the paper, each with the flag that goes back to its letter where
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
- 5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose size grows with β
-    and with a KL that jumps by orders of magnitude. `--dual-step adam`: Adam on (9).
+ 5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose size grows with
+    β and with a KL that jumps by orders of magnitude. `--dual-step adam`: Adam on (9).
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
     `--entropy none`: nothing keeps the policy's standard deviation from falling to its floor.
  8. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after
     each update the KL in (13) has gradient zero: it is computed only when `--prior-interval` is above 1.
  9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
-    minibatches in the first fit, at most 800 in any, and MBPO's learning rate 1e-3 for the dynamics instead of 3e-4.
+    minibatches in the first fit, 100 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
 
     python beta_vmbpo.py --env-id Walker2d-v4
     python beta_vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
@@ -39,7 +39,6 @@ import difflib
 import importlib.util
 import json
 import math
-import pickle
 import signal
 import sys
 import time
@@ -106,6 +105,7 @@ class Args:
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
+    min_batches: int = 100  # minibatches of any later fit at least
     max_batches: int = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
     rollouts: int = 100_000  # states from which transitions are imagined after each fit
     horizon: int = 1  # imagined steps per roll-out at first
@@ -124,7 +124,7 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
-         "tau": (0, 1), "real_ratio": (0, 1), "beta": (BETA_MIN, math.inf)}  # other counts: at least 1, other numbers: positive
+         "tau": (0, 1), "real_ratio": (0, 1), "beta": (BETA_MIN, math.inf)}  # else counts from 1, numbers above 0
 RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
              "resume", "evaluate", "capture_video"}
 
@@ -425,7 +425,8 @@ class Agent(nn.Module):
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), device=args.device)  # (ensemble, trials, num_train)
         bootstrap += bootstrap // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
-        batches = max(args.epochs * num_train // args.batch_size, args.min_first_batches if first_fit else 1)
+        least = args.min_first_batches if first_fit else args.min_batches
+        batches = max(args.epochs * num_train // args.batch_size, least)
         for _ in range(min(batches, args.max_batches)):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
@@ -624,7 +625,7 @@ def load(path, args, agent, buffers=()):
     """Read a checkpoint into the agent and the buffers; returns the environment step it was taken at."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+    except Exception:  # a file can be damaged in many ways
         fail(f"{path}: cannot be read as a checkpoint")
     if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
         fail(f"{path}: a checkpoint of {state['script']}.py on {state['env_id']}")

@@ -18,7 +18,8 @@ name = lambda value: getattr(value, "SCRIPT", None)
 def build(script, obs_dim=3, action_dim=2, capacity=2000, **flags):
     """A small agent with its two buffers, on the CPU."""
     small = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "batch_size": 32,
-             "rollouts": 100, "updates_per_step": 3, "device": "cpu", "min_first_batches": 1, "epochs": 1}
+             "rollouts": 100, "updates_per_step": 3, "device": "cpu", "min_first_batches": 1, "min_batches": 1,
+             "epochs": 1}
     args = script.Args(**small | flags)
     buffers = [script.ReplayBuffer(args.trials, capacity, obs_dim, action_dim, "cpu") for _ in range(2)]
     return script.Agent(args, obs_dim, action_dim), *buffers
@@ -551,11 +552,11 @@ def test_mbpo_stops_early_when_the_hold_out_error_no_longer_falls():
 
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_number_of_minibatches(script):
-    """Five passes, at least min_first_batches in the first fit, at most max_batches in any."""
-    agent, buffer, _ = build(script, epochs=5, min_first_batches=60, max_batches=70, batch_size=32)
+    """Five passes, at least min_first_batches in the first fit and min_batches in later ones, at most max_batches."""
+    agent, buffer, _ = build(script, epochs=5, min_first_batches=60, min_batches=30, max_batches=70, batch_size=32)
     count, loss = [], agent.model_loss
     agent.model_loss = lambda *a: count.append(1) or loss(*a)
-    for rows, expected in ((100, 60), (100, 5 * 160 // 32), (400, 70)):
+    for rows, expected in ((100, 60), (100, 30), (100, 5 * 240 // 32), (400, 70)):
         fill(script, buffer, rows)
         count.clear()
         agent.fit_model(buffer)
