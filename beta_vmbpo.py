@@ -14,14 +14,16 @@ within ε nats of p.
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12), which have neither. `--termination-fn`: known rule.
- 2. Every fit starts q at p (parameters, Adam moments) and shows both the same minibatches: KL(q‖p) is then the tilt and
-    vanishes as β → ∞. Two independent ensembles differ before any tilt: with that floor above ε no β meets it, β runs
-    to its clamp and the method silently is MBPO. `--posterior-init own`: q keeps its own parameters.
+ 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate fall
+    to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and so do
+    two that Adam leaves at a constant rate: with that floor above ε no β meets it, β runs to its clamp and the method
+    silently is MBPO. `--posterior-init own`: q keeps its own parameters; `--no-model-lr-decay`: a constant rate.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
- 5. log β += lr · clip(KL/ε − 1, ±1) has the sign and the fixed point of gradient descent on (9), whose size grows with
-    β and with a KL that jumps by orders of magnitude. `--dual-step adam`: Adam on (9).
+ 5. log β += lr · clip(log(KL/ε)/8, ±1) has the sign and the fixed point of gradient descent on (9). The KL falls about as
+    1/β² and scatters over orders of magnitude from fit to fit: steps in its logarithm settle, where a step of KL − ε
+    swings β by a factor of two at each fit. `--dual-step adam`: Adam on (9).
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
     `--entropy none`: nothing keeps the policy's standard deviation from falling to its floor.
@@ -102,6 +104,7 @@ class Args:
     model_dim: int = 200  # width of the dynamics' hidden layers
     model_layers: int = 4  # hidden layers of the dynamics
     model_learning_rate: float = 1e-3  # Adam's, of the dynamics
+    model_lr_decay: bool = True  # let that rate fall to zero within each fit, linearly
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
@@ -119,8 +122,8 @@ class Args:
     log_ratio_in_critic: bool = False  # subtract β log q/p from the critic's target
     prior_interval: int = 1  # updates between copies of the actor into the prior policy
     kl_budget: float = 0.1  # ε: nats per transition by which q may differ from p
-    beta_lr: float = 0.003  # step of log β per environment step
-    dual_step: Literal["clipped", "adam"] = "clipped"  # how β descends (9): clipped relative violation, or Adam
+    beta_lr: float = 0.003  # step of log β per environment step, at most
+    dual_step: Literal["log", "adam"] = "log"  # how β descends (9): in proportion to log(KL/ε), or by Adam
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
@@ -423,12 +426,14 @@ class Agent(nn.Module):
                     if tensor.ndim:
                         tensor[1] = tensor[0]
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
-        bootstrap = torch.randint(num_train, (*shape, num_train), device=args.device)  # (ensemble, trials, num_train)
-        bootstrap += bootstrap // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
+        bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         least = args.min_first_batches if first_fit else args.min_batches
-        batches = max(args.epochs * num_train // args.batch_size, least)
-        for _ in range(min(batches, args.max_batches)):
+        batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
+        for i in range(batches):
+            for group in self.opts["model"].param_groups:
+                group["lr"] = args.model_learning_rate * (1 - i / batches if args.model_lr_decay else 1)
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
+            rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
             loss = self.model_loss(batch, weights[buffer.trial, rows])
             self.opts["model"].zero_grad()
@@ -546,13 +551,13 @@ class Agent(nn.Module):
 
     def update_beta(self):
         """Dual descent on log β: it rises, towards p, while KL > ε, and falls while there is budget left."""
-        violation = self.kl.view(-1, 1, 1) - self.args.kl_budget
+        kl, budget = self.kl.view(-1, 1, 1), self.args.kl_budget
         if self.args.dual_step == "adam":
-            self.log_beta.grad = -self.beta * violation  # eq. (9)
+            self.log_beta.grad = -self.beta * (kl - budget)  # eq. (9)
             self.opts["beta"].step()
         with torch.no_grad():
-            if self.args.dual_step == "clipped":
-                self.log_beta += self.args.beta_lr * (violation / self.args.kl_budget).clamp(-1, 1)  # eq. (9)
+            if self.args.dual_step == "log":
+                self.log_beta += self.args.beta_lr * ((kl / budget).clamp(min=1e-12).log() / 8).clamp(-1, 1)  # eq. (9)
             self.log_beta.clamp_(math.log(BETA_MIN), math.log(BETA_MAX))
 
 

@@ -12,8 +12,9 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12), which have neither. `--termination-fn`: known rule.
- 2. Every fit starts q at p (parameters, Adam moments) and shows both the same minibatches: KL(q‖p) is then the tilt and
-    vanishes as β → ∞. Two independent ensembles differ before any tilt. `--posterior-init own`: q keeps its parameters.
+ 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate fall
+    to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and so do
+    two that Adam leaves at a constant rate. `--posterior-init own`, `--no-model-lr-decay`: as it was.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
@@ -96,6 +97,7 @@ class Args:
     model_dim: int = 200  # width of the dynamics' hidden layers
     model_layers: int = 4  # hidden layers of the dynamics
     model_learning_rate: float = 1e-3  # Adam's, of the dynamics
+    model_lr_decay: bool = True  # let that rate fall to zero within each fit, linearly
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
@@ -408,12 +410,14 @@ class Agent(nn.Module):
                     if tensor.ndim:
                         tensor[1] = tensor[0]
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
-        bootstrap = torch.randint(num_train, (*shape, num_train), device=args.device)  # (ensemble, trials, num_train)
-        bootstrap += bootstrap // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
+        bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         least = args.min_first_batches if first_fit else args.min_batches
-        batches = max(args.epochs * num_train // args.batch_size, least)
-        for _ in range(min(batches, args.max_batches)):
+        batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
+        for i in range(batches):
+            for group in self.opts["model"].param_groups:
+                group["lr"] = args.model_learning_rate * (1 - i / batches if args.model_lr_decay else 1)
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
+            rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
             loss = self.model_loss(batch, weights[buffer.trial, rows])
             self.opts["model"].zero_grad()

@@ -370,13 +370,13 @@ class Agent(nn.Module):
         self.ever_ended.copy_(terminated.amax(1, keepdim=True))
         first_fit, best, waited = not self.opts["model"].state, torch.full(shape, math.inf, device=args.device), 0
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
-        bootstrap = torch.randint(num_train, (*shape, num_train), device=args.device)  # (ensemble, trials, num_train)
-        bootstrap += bootstrap // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
+        bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         epoch = math.ceil(num_train / args.batch_size)
         least = args.min_first_batches if first_fit else args.min_batches
         batches = max(args.epochs * num_train // args.batch_size, least)
         for i in range(min(batches, args.max_batches) if args.epochs else args.max_batches):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
+            rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
             loss = self.model_loss(batch)
             self.opts["model"].zero_grad()
