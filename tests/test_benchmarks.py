@@ -1,11 +1,13 @@
-"""benchmarks/figures.py and cost.py do what their docstrings say, on runs made up here."""
+"""benchmarks/figures.py, cost.py and speed.py do what their docstrings say, on runs made up here."""
 
 import csv
+import time
 
 import pytest
 from conftest import ROOT, load_script
+from torch.utils.flop_counter import FlopCounterMode
 
-FIGURES, COST = load_script("benchmarks/figures"), load_script("benchmarks/cost")
+FIGURES, COST, SPEED = (load_script(f"benchmarks/{name}") for name in ("figures", "cost", "speed"))
 
 
 @pytest.fixture
@@ -19,6 +21,7 @@ def here(tmp_path, monkeypatch):
         (tmp_path / run / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(rows) + "\n")
     monkeypatch.setattr(FIGURES, "HERE", tmp_path)
     monkeypatch.setattr(COST, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(SPEED, "HERE", tmp_path)
     return tmp_path
 
 
@@ -73,3 +76,26 @@ def test_cost_of_a_step_is_the_sum_of_its_parts(here, monkeypatch):
     total = float(row["environment_ms"]) + 20 * float(row["update_ms"]) + (float(row["fit_ms"]) + float(row["rollouts_ms"])) / 250
     assert float(row["step_ms"]) == pytest.approx(total, rel=0.01) and total > 0
     assert float(row["steps_per_second"]) == pytest.approx(1000 / total, rel=0.01)
+
+
+@pytest.mark.parametrize("compare", ["sac", "fit", "inference"])
+def test_floor_is_the_update_without_all_that_is_no_matrix_product(compare, monkeypatch):
+    """PyTorch's own count of operations: the update wastes none, and nobody else's form makes fewer."""
+    monkeypatch.setattr(SPEED, "ROWS", 300)
+    flops = {}
+    for name, update in SPEED.contestants(SPEED.Args(compare=compare, batch_size=64, hidden_dim=64)).items():
+        update()
+        with FlopCounterMode(display=False) as counter:
+            update()
+        flops[name] = counter.get_total_flops()
+    own, *others = [count for name, count in flops.items() if name != "floor"]
+    assert flops["floor"] <= own <= 1.02 * flops["floor"] and min(others) > 0.99 * own, flops
+
+
+def test_speed_table(here, capsys, monkeypatch):
+    monkeypatch.setattr(SPEED, "contestants", lambda args: {"one": lambda: None, "two": lambda: time.sleep(0.002)})
+    assert SPEED.main(SPEED.Args(blocks=3, updates=2, threads=(1,))) == 0
+    one, two = csv.DictReader((here / "results/speed_sac.csv").open())
+    assert (one["contestant"], one["ratio_to_first"], two["contestant"]) == ("one", "1", "two")
+    assert float(two["ms_per_update"]) >= 2 and float(two["ratio_low"]) > 1
+    assert SPEED.main(SPEED.Args(blocks=0)) == 2 and "--blocks" in capsys.readouterr().err

@@ -1,0 +1,632 @@
+"""What inference by iteration brings: the experiments on sac_iterative.py, one sub-command each.
+
+    python benchmarks/inference.py improvement --run RUN                            # Figure 2; RUN trained with K = 10
+    python benchmarks/inference.py curves --runs RUN RUN --labels direct iterative  # Figure 3b
+    python benchmarks/inference.py gap --total-steps 5000 --flags="--env-id Pendulum-v1 --trials 3"
+    python benchmarks/inference.py iterations --run RUN
+    python benchmarks/inference.py landscape --run RUN --dims 0 1
+    python benchmarks/inference.py optimizers --run RUN
+
+The paper is Marino, Piché and Yue, "On the Design of Variational RL Algorithms", whose figures and equations are meant.
+Each command writes benchmarks/results/NAME.csv and benchmarks/figures/NAME.png, where NAME is --out or
+inference_EXPERIMENT_ENV; `--from-csv --out NAME` draws the figure again without the runs.
+
+J̃ is always the script's own objective (16), with the run's prior, pessimism, α and online critics. It is estimated with
+common random numbers: one fixed draw per state, the same for every λ, which the inference itself never sees. In the
+tables a column NAME beside NAME_std is the mean over a trial's states (or episodes). Shapes: J̃ (..., trials, n),
+λ = (μ, log σ) = params (trials, n, 2, action_dim), noise (trials, samples, n, action_dim).
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import shlex
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parent / "sac_iterative.py"
+ROWS = 2**15  # actions that the critics judge at a time: bounds the memory, not the result
+
+
+def load(path):
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules[path.stem]
+
+
+SAC = load(SCRIPT)
+
+
+def refuse(message):
+    """Print one line and exit with code 2."""
+    print(f"inference.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# J̃ and its optimizers
+
+
+def common_noise(obs, samples, action_dim, seed):
+    """Standard normal (trials, samples, n, action_dim) of a stream apart from the one that inference draws from."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, 16)).generate_state(1)[0]))
+    shape = (obs.shape[0], samples, obs.shape[1], action_dim)
+    return torch.randn(shape, generator=generator, dtype=obs.dtype).to(obs.device)
+
+
+def parts(obs, samples):
+    """Slices of the states, of about ROWS actions each."""
+    size = max(1, ROWS // (obs.shape[0] * samples))
+    return [slice(start, start + size) for start in range(0, obs.shape[1], size)]
+
+
+@torch.no_grad()
+def estimate(agent, obs, params, noise):
+    """J̃ (trials, n) at λ, eq. (16)."""
+    value = lambda part: agent.objective(agent.critic, obs[:, part], params[:, part], noise[:, :, part])[0]
+    return torch.cat([value(part) for part in parts(obs, noise.shape[1])], 1)[..., 0]
+
+
+def gradient(agent, obs, params, noise=None):
+    """∇J̃ shaped like params, and J̃ (trials, n); on fresh noise of as many samples as in training unless it is given."""
+    if noise is None:
+        noise = agent.noise(obs, agent.args.action_samples)
+    at = lambda part: agent.gradient(obs[:, part], params[:, part], noise[:, :, part])
+    grads, values, _ = zip(*(at(part) for part in parts(obs, noise.shape[1])))
+    return torch.cat(grads, 1), torch.cat(values, 1)[..., 0]
+
+
+@torch.no_grad()
+def learned(agent, obs, iters, start=None):
+    """λ_0 = start (else the prior, as in training), ..., λ_K of the network: (iters + 1, trials, n, 2, action_dim)."""
+    trace = [agent.prior.expand(*obs.shape[:2], -1, -1) if start is None else start]
+    for _ in range(iters):
+        grad = gradient(agent, obs, trace[-1])[0] if agent.iterative else None
+        trace.append(agent.actor(obs, trace[-1], grad)[0])  # eq. (15)
+    return torch.stack(trace)
+
+
+def adam(agent, obs, start, steps, rate, noise=None):
+    """λ_0, ..., λ_steps of Adam on the λ of each state (as `learned`), and J̃ on the noise it climbed, fresh by default."""
+    params, trace, values = start.clone(), [], []
+    opt = torch.optim.Adam([params], rate)
+    for _ in range(steps + 1):
+        grad, value = gradient(agent, obs, params, noise)
+        trace.append(params.clone())
+        values.append(value)
+        params.grad = -grad
+        opt.step()
+        params[..., 1, :].clamp_(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)  # as the network's proposals
+    return torch.stack(trace), torch.stack(values)
+
+
+def best(trace, values):
+    """Per state, the best λ of a trace (steps, trials, n, 2, action_dim) and its J̃ (trials, n)."""
+    value, index = values.max(0)
+    return trace.gather(0, index[None, ..., None, None].expand(1, *trace.shape[1:]))[0], value
+
+
+@torch.no_grad()
+def cem(agent, obs, start, steps, population, elites, noise=None):
+    """Mean λ_0, ..., λ_steps (as `learned`) of the cross-entropy method on the λ of each state, from spread 1."""
+    mean, std, trace = start, torch.ones_like(start), [start]
+    for _ in range(steps):
+        shape = (obs.shape[0], population, *start.shape[1:])  # (trials, population, n, 2, action_dim)
+        candidates = mean.unsqueeze(1) + std.unsqueeze(1) * torch.randn(shape, dtype=obs.dtype, device=obs.device)
+        candidates[..., 1, :].clamp_(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)
+        drawn = agent.noise(obs, agent.args.action_samples) if noise is None else noise  # candidates differ in λ alone
+        flat = obs.repeat(1, population, 1), candidates.flatten(1, 2), drawn.repeat(1, 1, population, 1)
+        index = estimate(agent, *flat).unflatten(1, shape[1:3]).topk(elites, 1).indices  # (trials, elites, n)
+        chosen = candidates.gather(1, index[..., None, None].expand(-1, -1, -1, *start.shape[2:]))
+        mean, std = chosen.mean(1), chosen.std(1)
+        trace.append(mean)
+    return torch.stack(trace)
+
+
+def distinct_modes(actions, values, distance):
+    """Greedily from the best J̃ (n,): the ends that lie further than `distance` from every better one in some dimension of
+    tanh μ (n, action_dim). Returns their indices, each with the number of ends nearest to it."""
+    found = []
+    for i in values.argsort(descending=True).tolist():
+        if all((actions[i] - actions[j]).abs().max() > distance for j in found):
+            found.append(i)
+    nearest = (actions[:, None] - actions[found]).abs().amax(-1).argmin(1)  # (n,)
+    return dict(zip(found, torch.bincount(nearest, minlength=len(found)).tolist()))
+
+
+# Runs
+
+
+def saved_flags(run, flag="--run"):
+    """The flags that a run directory was made with."""
+    try:
+        saved = SAC.Args(**json.loads((Path(run) / "args.json").read_text()))
+        (Path(run) / "metrics.csv").stat(), (Path(run) / "checkpoint.pt").stat()
+        return saved
+    except (OSError, ValueError, TypeError):
+        refuse(f"{flag} {run or '(none)'}: no args.json, metrics.csv and checkpoint.pt of {SCRIPT.name} there")
+
+
+def open_run(run, device):
+    """Agent, flags and replay buffer of a run directory, on any device."""
+    saved = dataclasses.replace(saved_flags(run), device=device, compile=False)
+    envs = SAC.make_envs(saved.env_id, 1)
+    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = SAC.Agent(saved, *sizes)
+    buffer = SAC.ReplayBuffer(saved.trials, min(saved.buffer_size, saved.total_steps), *sizes, device)
+    SAC.load(Path(run) / "checkpoint.pt", saved, agent, (buffer,))
+    return agent, saved, buffer
+
+
+def buffer_states(buffer, n, seed):
+    """n states per trial (trials, n, obs_dim), uniform over the replay buffer, the same on every device."""
+    rows = torch.randint(int(buffer.count), (len(buffer.trial), n), generator=torch.Generator().manual_seed(seed))
+    return buffer.storage[buffer.trial, rows.to(buffer.storage.device), : buffer.widths[0]]
+
+
+def only_trial(agent, trial):
+    """Keep one trial of the agent; the twin critics are stacked before the trials."""
+    for name, parameter in agent.named_parameters():
+        parameter.data = parameter.data.narrow(int(name.startswith("critic")), trial, 1)
+
+
+@torch.no_grad()
+def roll_out(agent, saved, episodes, iters):
+    """Returns (trials, episodes) of deterministic actions on the seeds of the script's evaluation; the states met
+    (trials, steps, episodes, obs_dim); and at which of them the episode was not over yet."""
+    envs = SAC.make_envs(saved.env_id, saved.trials * episodes)
+    obs, _ = envs.reset(seed=[saved.seed + 10_000 + i for i in range(envs.num_envs)])
+    returns, alive, states, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), [], []
+    while alive.any():
+        running.append(alive.reshape(saved.trials, -1))
+        states.append(torch.as_tensor(obs, dtype=torch.float32, device=saved.device).unflatten(0, (saved.trials, -1)))
+        action = agent.act(states[-1], deterministic=True, iters=iters).flatten(0, 1)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        returns, alive = returns + alive * reward, alive & ~(terminated | truncated)
+    return returns.reshape(saved.trials, -1), torch.stack(states, 1), np.stack(running, 1)
+
+
+def wall_clock(metrics):
+    """Step -> hours of a run, from the rows (step, metric, value) of its metrics.csv. time/sps is the speed since the row
+    before, evaluation and checkpoints included; it counts for the whole interval, also where a resume cut it short."""
+    speed = dict(sorted((step, value) for step, metric, value in metrics if metric == "time/sps"))
+    steps, rate = np.array([0, *speed]), np.array([*speed.values()])
+    hours = np.concatenate([[0], (np.diff(steps) / rate).cumsum()]) / 3600
+    return lambda step: np.interp(step, steps, hours) + max(0, step - steps[-1]) / rate[-1] / 3600
+
+
+# Tables and figures
+
+
+def moments(name, values):
+    """Columns of the mean and standard deviation of what one trial measured."""
+    values = torch.as_tensor(values)
+    return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
+
+
+def pooled(rows, by, name, within=True):
+    """The distinct values of `by` in the rows (one per trial); mean and standard deviation of `name` over all states and
+    trials, or, without the spread within the trials, over the trials."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[float(row[by])].append((float(row[name]), float(row.get(f"{name}_std", 0)) * within))
+    tables = [np.array(groups[x]) for x in sorted(groups)]  # (trials, 2) each
+    spread = [(table[:, 0].var() + (table[:, 1] ** 2).mean()) ** 0.5 for table in tables]
+    return np.array(sorted(groups)), np.array([table[:, 0].mean() for table in tables]), np.array(spread)
+
+
+def band(axis, x, mean, std, **style):
+    (line,) = axis.plot(x, mean, **style)
+    axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def split(rows, column):
+    """Value -> rows, in the order of the first appearance."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row[column]].append(row)
+    return groups
+
+
+@dataclasses.dataclass
+class Experiment:
+    out: str = ""  # name of the csv and the png; default inference_EXPERIMENT_ENV
+    from_csv: bool = False  # draw --out again from its csv
+
+
+@dataclasses.dataclass
+class OnRun(Experiment):
+    run: str = ""  # run directory of sac_iterative.py
+    device: str = "cpu"  # cpu, cuda
+    seed: int = 0  # of the states, of the common noise and of inference
+    samples: int = 200  # actions of the common noise
+
+    def env_id(self):
+        return saved_flags(self.run).env_id
+
+
+@dataclasses.dataclass
+class Improvement(OnRun):
+    """Figure 2: J̃(λ_k) in the states of some episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1)."""
+
+    iters: int = 10  # K
+    episodes: int = 5  # per trial
+    states: int = 1_000  # at most so many per trial, evenly spaced over the episodes
+    name = "fig2"
+
+    def measure(self):
+        agent, saved, _ = open_run(self.run, self.device)
+        if not agent.iterative:
+            refuse(f"--run {self.run}: its inference is direct, there is nothing to iterate")
+        returns, states, running = roll_out(agent, saved, self.episodes, self.iters)
+        met = running.sum((1, 2))  # (trials,)
+        places = np.linspace(0, met - 1, min(self.states, met.min())).round().astype(int).T  # (trials, n)
+        obs = torch.stack([s[torch.as_tensor(r)][p] for s, r, p in zip(states, running, places)])  # (trials, n, obs_dim)
+        noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
+        value = torch.stack([estimate(agent, obs, params, noise) for params in learned(agent, obs, self.iters)])
+        for k, trial in itertools.product(range(self.iters + 1), range(saved.trials)):
+            now, prior, first = value[k, trial], value[0, trial], value[1, trial]  # (n,)
+            relative = 100 * (now - prior) / prior.abs()
+            yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters, "return": returns[trial].mean(),
+                   **moments("objective", now), **moments("absolute", now - prior), **moments("relative", relative),
+                   "relative_median": relative.median().item(), **moments("from_first", now - first)}
+
+    def draw(self, rows, figure):
+        titles = {"absolute": "J̃(λ_k) − J̃(λ_0)", "relative": "… in % of |J̃(λ_0)|", "from_first": "J̃(λ_k) − J̃(λ_1)"}
+        for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
+            k, mean, std = pooled([row for row in rows if name != "from_first" or int(row["k"])], "k", name)
+            band(axis, k, mean, std, marker=".")
+            axis.set(title=title, xlabel=f"iteration k (trained with {rows[0]['trained_iters']})")
+            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over states and trials"
+
+
+@dataclasses.dataclass
+class Curves(Experiment):
+    """Figure 3b: evaluation return against steps and against wall-clock, over the trials; runs of one label count as more
+    trials. A run's clock is that of all its trials side by side, and of whatever else kept the machine busy."""
+
+    runs: tuple[str, ...] = ()  # run directories
+    labels: tuple[str, ...] = ()  # one per run; default: the directories' names
+    name = "fig3b"
+
+    def env_id(self):
+        if not self.runs or len(self.labels) not in (0, len(self.runs)):
+            refuse("--labels: one per run" if self.runs else "--runs: name at least one, or use --from-csv")
+        names = {saved_flags(run, "--runs").env_id for run in self.runs}
+        if len(names) > 1:
+            refuse(f"--runs: of several tasks, {', '.join(sorted(names))}")
+        return names.pop()
+
+    def measure(self):
+        read = lambda run: [(int(row["step"]), row["metric"], float(row["value"]), int(row["trial"]))
+                            for row in csv.DictReader((Path(run) / "metrics.csv").open())]
+        tables, trials = {run: read(run) for run in self.runs}, defaultdict(int)
+        for run, table in tables.items():
+            if not {"time/sps", "eval/return"} <= {metric for _, metric, *_ in table}:
+                refuse(f"--runs {run}: too short, no time/sps or no eval/return in its metrics.csv")
+        for (run, table), label in zip(tables.items(), self.labels or [Path(run).name for run in self.runs]):
+            hours, steps = wall_clock([row[:3] for row in table]), sorted({s for s, m, *_ in table if m == "eval/return"})
+            keep, first = {*steps[:: max(1, len(steps) // 100)], steps[-1]}, trials[label]
+            for step, metric, value, trial in table:
+                if metric == "eval/return" and step in keep:
+                    trials[label] = max(trials[label], first + trial + 1)
+                    yield {"label": label, "step": step, "trial": first + trial, "hours": hours(step), "return": value}
+
+    def draw(self, rows, figure):
+        axes = figure.subplots(1, 2, sharey=True)
+        for label, group in split(rows, "label").items():
+            steps, mean, std = pooled(group, "step", "return")
+            hours = pooled(group, "step", "hours")[1]
+            band(axes[0], steps, mean, std, label=label)
+            band(axes[1], hours, mean, std)
+            yield (f"{label}: return at step {steps[-1]:.0f}, {hours[-1]:.2f} hours: {mean[-1]:.1f} ± {std[-1]:.1f} "
+                   f"over {len(split(group, 'trial'))} trials")
+        axes[0].set(xlabel="environment steps per trial", ylabel="evaluation return")
+        axes[1].set(xlabel="hours")
+        axes[0].legend(fontsize=8)
+
+
+@dataclasses.dataclass
+class Gap(Experiment):
+    """Amortization gap along training: the best J̃ that Adam finds for each state, less J̃(λ_K) of the network. Trains one
+    run per mode in equal pieces, and measures the gap after each, on states of its replay buffer."""
+
+    modes: tuple[Literal["direct", "iterative"], ...] = ("direct", "iterative")  # each trained with the same flags
+    flags: str = ""  # more flags of sac_iterative.py: --flags="--env-id Pendulum-v1 --trials 3"
+    total_steps: int = 50_000  # of each mode
+    pieces: int = 5  # measurements
+    run_dir: str = ""  # folder of the runs; default runs/ENV_ID/gap_DATE-TIME
+    states: int = 64  # per trial
+    samples: int = 100  # actions of the common noise
+    adam_steps: int = 100  # from λ_K and from λ_0 each
+    adam_rate: float = 0.05  # learning rate
+    device: str = "cpu"  # where the gap is measured; training has its own, in --flags
+    seed: int = 0  # of the states and of the common noise
+    name = "gap"
+
+    def env_id(self):
+        words = shlex.split(self.flags)
+        own = {word.split("=")[0].replace("_", "-") for word in words} & {
+            "--inference", "--total-steps", "--run-dir", "--resume", "--evaluate"}
+        saved = SAC.parse_args(["--total-steps", str(self.total_steps), *([] if own else words)])
+        for refused, message in (
+            (own, f"--flags: {min(own, default='')} is not for the script alone; the experiment sets it"),
+            (not self.modes, "--modes: name at least one"),
+            (self.run_dir and Path(self.run_dir).exists(), f"--run-dir {self.run_dir}: exists already"),
+            (self.total_steps < self.pieces * saved.learning_starts,
+             f"--pieces {self.pieces}: a piece must not be shorter than --learning-starts {saved.learning_starts}"),
+        ):
+            if refused:
+                refuse(message)
+        self.run_dir = self.run_dir or str(Path(saved.run_dir).with_name(f"gap_{time.strftime('%Y%m%d-%H%M%S')}"))
+        return saved.env_id
+
+    def measure(self):
+        for mode, piece in itertools.product(self.modes, range(1, self.pieces + 1)):
+            run, steps = f"{self.run_dir}/{mode}", self.total_steps * piece // self.pieces
+            begun = ["--resume", run] if piece > 1 else ["--run-dir", run, "--inference", mode, *shlex.split(self.flags)]
+            command = [sys.executable, str(SCRIPT), "--total-steps", str(steps), *begun]
+            if code := subprocess.run(command).returncode:
+                sys.exit(code)  # the script has said why
+            agent, saved, buffer = open_run(run, self.device)
+            torch.manual_seed(self.seed)
+            measured = self.at(agent, buffer_states(buffer, self.states, self.seed))
+            for trial in range(saved.trials):
+                now = {name: value[trial] for name, value in measured.items()}  # (n,) each
+                share = lambda on: (now[f"gap{on}"].mean() / (now[f"best{on}"] - now[f"prior{on}"]).mean()).item()
+                yield {"mode": mode, "step": steps, "trial": trial, "alpha": agent.log_alpha[trial].exp().item(),
+                       **{key: value for name in now for key, value in moments(name, now[name]).items()},
+                       "share": share(""), "share_fresh": share("_fresh")}
+
+    def at(self, agent, obs):
+        """J̃ at λ_0, at λ_K and at Adam's best, and the gap, (trials, n) each: on the noise that Adam climbs, where the gap
+        cannot be negative, and on fresh noise, where Adam has no advantage from having seen the draw."""
+        noise, fresh = common_noise(obs, 2 * self.samples, agent.prior.shape[-1], self.seed).chunk(2, 1)
+        ends = learned(agent, obs, agent.iters)[[0, -1]]  # Adam starts at both
+        climbed = [adam(agent, obs, start, self.adam_steps, self.adam_rate, noise) for start in ends]
+        found, top = best(*(torch.cat(each) for each in zip(*climbed)))
+        (prior, network), other = (values[0] for _, values in climbed), {"_fresh": fresh}
+        measured = {"prior": prior, "network": network, "best": top, "gap": top - network}
+        prior, network, top = (estimate(agent, obs, params, fresh) for params in (*ends, found))
+        return measured | {"prior_fresh": prior, "network_fresh": network, "best_fresh": top, "gap_fresh": top - network}
+
+    def draw(self, rows, figure):
+        axes = figure.subplots(1, 2)
+        for mode, group in split(rows, "mode").items():
+            for axis, name in zip(axes, ("gap", "share")):
+                steps, mean, std = pooled(group, "step", name, within=False)
+                band(axis, steps, mean, std, marker=".", label=mode)
+                fresh = pooled(group, "step", f"{name}_fresh", within=False)[1]
+                axis.plot(steps, fresh, ":", color=axis.lines[-1].get_color())
+                yield (f"{mode}: {name} at step {steps[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials; "
+                       f"{fresh[-1]:.4g} on fresh noise")
+        titles = "J̃(Adam's best) − J̃(λ_K)", "… per J̃(Adam's best) − J̃(λ_0)"
+        for axis, title in zip(axes, titles):
+            axis.set(title=f"{title}; dotted: fresh noise", xlabel="environment steps per trial")
+        axes[0].legend(fontsize=8)
+
+
+@dataclasses.dataclass
+class Iterations(OnRun):
+    """Evaluation return, and J̃ in states of the replay buffer, against the number of iterations at test time."""
+
+    iters: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # numbers of iterations
+    episodes: int = 5  # per trial
+    states: int = 500  # per trial
+    name = "iterations"
+
+    def measure(self):
+        agent, saved, buffer = open_run(self.run, self.device)
+        obs = buffer_states(buffer, self.states, self.seed)
+        noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
+        trace = learned(agent, obs, max(self.iters))
+        prior = estimate(agent, obs, trace[0], noise)
+        for k in sorted(set(self.iters)):
+            value, returns = estimate(agent, obs, trace[k], noise), roll_out(agent, saved, self.episodes, k)[0]
+            for trial in range(saved.trials):
+                yield {"trial": trial, "k": k, "trained_iters": agent.iters, **moments("return", returns[trial]),
+                       **moments("objective", value[trial]), **moments("improvement", (value - prior)[trial])}
+
+    def draw(self, rows, figure):
+        titles = {"return": "evaluation return", "improvement": "J̃(λ_k) − J̃(λ_0), replay buffer"}
+        for axis, (name, title) in zip(figure.subplots(1, 2), titles.items()):
+            k, mean, std = pooled(rows, "k", name)
+            band(axis, k, mean, std, marker=".")
+            axis.axvline(int(rows[0]["trained_iters"]), color="black", linestyle=":", linewidth=1)
+            axis.set(title=title, xlabel="iterations at test time (dotted: in training)", xscale="symlog")
+            axis.set_xticks(k, [f"{x:.0f}" for x in k])
+            yield f"{title}: " + ", ".join(f"k={x:.0f}: {m:.4g} ± {s:.2g}" for x, m, s in zip(k, mean, std))
+
+
+@dataclasses.dataclass
+class Landscape(OnRun):
+    """J̃ over two dimensions of λ for one state of the replay buffer, the others at λ_K from the prior; λ_0, ..., λ_K from
+    the prior and from random means, projected on the two; and the distinct modes where the network and Adam end from these
+    starts. Of the starts the network has met only the prior in training."""
+
+    dims: tuple[int, int] = (0, 1)  # axes: action means counted from 0; beyond them log σ, so that 0 1 suits one action
+    trial: int = 0  # whose agent
+    state: int = 0  # which of the states drawn from the replay buffer
+    iters: int = 10  # K
+    starts: int = 32  # the prior and random means, uniform in (-0.95, 0.95) after the tanh
+    paths: int = 6  # starts whose trajectories are drawn
+    grid: int = 41  # points per axis
+    adam_steps: int = 200
+    adam_rate: float = 0.05
+    distance: float = 0.1  # of tanh μ, in some dimension, between distinct modes
+    name = "landscape"
+
+    def measure(self):
+        agent, saved, buffer = open_run(self.run, self.device)
+        size = agent.prior.shape[-1]
+        if self.dims[0] == self.dims[1] or max(self.dims) >= 2 * size:
+            refuse(f"--dims {self.dims[0]} {self.dims[1]}: two different ones below {2 * size}")
+        if self.trial >= saved.trials:
+            refuse(f"--trial {self.trial}: the run's trials are 0 to {saved.trials - 1}")
+        only_trial(agent, self.trial)
+        obs = buffer_states(buffer, self.state + 1, self.seed)[self.trial, self.state].view(1, 1, -1)
+        noise = common_noise(obs, self.samples, size, self.seed)
+        obs_of, noise_of = lambda n: obs.expand(-1, n, -1), lambda n: noise.expand(-1, -1, n, -1)  # alike for all points
+        start = agent.prior.repeat(1, self.starts, 1, 1)
+        uniform = torch.rand(self.starts - 1, size, generator=torch.Generator().manual_seed(self.seed))
+        start[0, 1:, 0] = (0.95 * (2 * uniform - 1)).atanh().to(obs)
+        trace = learned(agent, obs_of(self.starts), self.iters, start)
+        value = torch.stack([estimate(agent, obs_of(self.starts), params, noise_of(self.starts)) for params in trace])
+
+        def rows(kind, start, k, params, value):
+            """One row per λ (n, 2, action_dim) with its J̃ (n,)."""
+            flat = params.flatten(-2)
+            x, y = (flat[:, d].tanh() if d < size else flat[:, d] for d in self.dims)
+            names = [f"tanh μ_{d}" if d < size else f"log σ_{d - size}" for d in self.dims]
+            for row in zip(start, k, x.tolist(), y.tolist(), value.tolist()):
+                yield {"kind": kind, "x_axis": names[0], "y_axis": names[1],
+                       **dict(zip(("start", "k", "x", "y", "objective"), row))}
+
+        ends = [(0.99 * torch.tensor([-1.0, 1.0])).atanh() if d < size else torch.tensor([SAC.LOG_STD_MIN, SAC.LOG_STD_MAX])
+                for d in self.dims]
+        places = [torch.linspace(*(end.tanh() if d < size else end).tolist(), self.grid) for d, end in zip(self.dims, ends)]
+        points = trace[-1, 0, :1].flatten(-2).repeat(self.grid**2, 1)
+        for d, place in zip(self.dims, torch.meshgrid(*places, indexing="ij")):
+            points[:, d] = (place.atanh() if d < size else place).flatten().to(points)
+        points = points.view(1, -1, 2, size)
+        n = points.shape[1]
+        over = estimate(agent, obs_of(n), points, noise_of(n))[0]
+        yield from rows("grid", itertools.repeat(0), itertools.repeat(0), points[0], over)
+        for i in range(min(self.paths, self.starts)):
+            yield from rows("path", itertools.repeat(i), itertools.count(), trace[:, 0, i], value[:, 0, i])
+        climbed = adam(agent, obs_of(self.starts), start, self.adam_steps, self.adam_rate, noise_of(self.starts))
+        for kind, (params, top) in {"network": (trace[-1], value[-1]), "adam": best(*climbed)}.items():
+            modes = distinct_modes(params[0, :, 0].tanh(), top[0], self.distance)
+            yield from rows(kind, modes, modes.values(), params[0, [*modes]], top[0, [*modes]])  # k: ends nearest to it
+
+    def draw(self, rows, figure):
+        kinds, axis = split(rows, "kind"), figure.subplots()
+        columns = lambda rows, *names: [np.array([float(row[name]) for row in rows]) for name in names]
+        x, y, z = columns(kinds["grid"], "x", "y", "objective")
+        shape = round(len(x) ** 0.5), -1
+        figure.colorbar(axis.contourf(x.reshape(shape), y.reshape(shape), z.reshape(shape), levels=40), label="J̃")
+        for start, path in split(kinds["path"], "start").items():
+            axis.plot(*columns(path, "x", "y"), ".-", color="white" if start == "0" else f"C{start}", linewidth=1)
+        for kind, style in (("network", {"facecolors": "none", "edgecolors": "red"}), ("adam", {"marker": "x", "color": "red"})):
+            modes = kinds[kind]
+            axis.scatter(*columns(modes, "x", "y"), s=60, zorder=3, label=f"{kind}: {len(modes)} mode(s)", **style)
+            found = ", ".join(f"{float(row['objective']):.4g} (nearest to {row['k']} starts)" for row in modes[:8])
+            yield f"{kind}: {len(modes)} distinct mode(s), J̃ {found}" + ", ..." * (len(modes) > 8)
+        axis.set(xlabel=rows[0]["x_axis"], ylabel=rows[0]["y_axis"], title="λ_0 to λ_K (white: from the prior)")
+        axis.legend(fontsize=8)
+
+
+@dataclasses.dataclass
+class Optimizers(OnRun):
+    """J̃ of the learned optimizer, of Adam and of CEM on the same states, all from the prior, all climbing fresh noise of as many
+    actions as in training. A gradient counts as two judged actions for its pass back."""
+
+    iters: int = 20  # K
+    states: int = 200  # per trial
+    adam_rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # one curve each
+    population: int = 64  # of CEM
+    elites: int = 8  # of CEM
+    name = "optimizers"
+
+    def measure(self):
+        if not 2 <= self.elites <= self.population:
+            refuse(f"--elites {self.elites}: allowed are values from 2 to --population {self.population}")
+        agent, saved, buffer = open_run(self.run, self.device)
+        obs = buffer_states(buffer, self.states, self.seed)
+        start, cost = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * saved.action_samples
+        noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
+        runs = {"learned": (cost * agent.iterative, lambda: learned(agent, obs, self.iters))}
+        for rate in self.adam_rates:
+            runs[f"Adam {rate:g}"] = cost, lambda rate=rate: adam(agent, obs, start, self.iters, rate)[0]
+        runs["CEM"] = self.population * saved.action_samples, lambda: cem(
+            agent, obs, start, self.iters, self.population, self.elites)
+        first = estimate(agent, obs, start, noise)
+        for name, (cost, trace) in runs.items():
+            for k, params in enumerate(trace()):
+                value = estimate(agent, obs, params, noise)
+                for trial in range(saved.trials):
+                    yield {"optimizer": name, "k": k, "trial": trial, "judged_actions": cost * k,
+                           **moments("objective", value[trial]), **moments("improvement", (value - first)[trial])}
+
+    def draw(self, rows, figure):
+        axes = figure.subplots(1, 2, sharey=True)
+        for name, group in split(rows, "optimizer").items():
+            k, mean, std = pooled(group, "k", "improvement")
+            axes[0].plot(k, mean, marker=".", label=name)
+            axes[1].plot(pooled(group, "k", "judged_actions")[1], mean, marker=".")
+            yield f"{name}: J̃(λ_{k[-1]:.0f}) − J̃(λ_0) {mean[-1]:.4g} ± {std[-1]:.4g} over states and trials"
+        axes[0].set(xlabel="iteration", ylabel="J̃(λ_k) − J̃(λ_0), mean over states and trials")
+        axes[1].set(xlabel="judged actions per state", xscale="symlog")
+        axes[0].legend(fontsize=8)
+
+
+COUNTS_FROM_0 = {"seed", "dims", "trial", "state"}
+
+
+def check(args):
+    """Refuse numbers that cannot work, before anything is opened."""
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        low = 0 if field.name in COUNTS_FROM_0 or isinstance(args, Iterations) and field.name == "iters" else 1e-9
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not low <= number < 2**31:
+                refuse(f"{flag} {number}: must be {'at least 0' if low == 0 else 'above 0'} and below 2^31")
+        if value == () and field.name in ("iters", "adam_rates"):
+            refuse(f"{flag}: name at least one")
+    if args.from_csv and not (args.out and (HERE / "results" / f"{args.out}.csv").is_file()):
+        refuse("--from-csv: name with --out one of the tables among the results")
+    if "/" in args.out:
+        refuse(f"--out {args.out}: a name without folders")
+    try:
+        torch.zeros(1, device=getattr(args, "device", "cpu"))
+    except Exception:  # whatever a device that is not there raises
+        refuse(f"--device {args.device}: not there; use cpu")
+
+
+def main(args):
+    check(args)
+    if not args.from_csv:
+        env_id = args.env_id()
+        args.out = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
+    table = HERE / "results" / f"{args.out}.csv"
+    if not args.from_csv:
+        torch.manual_seed(getattr(args, "seed", 0))
+        rows, partial = args.measure(), table.with_suffix(".partial")
+        row = next(rows)
+        with partial.open("w", newline="", buffering=1) as file:  # a long experiment that is cut short leaves what it has
+            writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
+            writer.writeheader()
+            for row in itertools.chain([row], rows):
+                writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        partial.replace(table)
+    rows = [*csv.DictReader(table.open())]
+    figure, picture = Figure(figsize=(10, 3.6), layout="constrained"), HERE / "figures" / f"{args.out}.png"
+    if isinstance(args, Landscape):
+        figure.set_size_inches(6, 5)
+    try:
+        lines = [*args.draw(rows, figure)]
+    except KeyError as error:
+        refuse(f"--from-csv: {table.name} has no column {error}; it is of another experiment")
+    figure.suptitle(args.out)
+    figure.savefig(picture, dpi=120)
+    print("\n".join([*lines, f"{table}", f"{picture}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    commands = Improvement | Curves | Gap | Iterations | Landscape | Optimizers
+    sys.exit(main(tyro.cli(commands, description=__doc__.splitlines()[0])))
