@@ -13,6 +13,8 @@ DIFFERS = {
     "RANGE": "lists the limits of the script's own flags",
     "ReplayBuffer": "a row of VMBPO also holds the log-ratio",
     "ReplayBuffer.__init__": "a row of VMBPO also holds the log-ratio",
+    "parse_args": "checks the script's own flags",
+    "evaluate": "active VEM carries a latent state through an episode and evaluates two policies",
     "Agent": "names the script's own steps",
     "Agent.__init__": "VMBPO adds q_φ and the prior policy to the networks, β-VMBPO the dual variable",
     "Agent.act": "VMBPO acts with its prior policy",
@@ -23,6 +25,7 @@ DIFFERS = {
     "Agent.assess": "VMBPO also measures the tilt, and β-VMBPO its budget",
     "Agent.predict": "VMBPO imagines next states from q and rewards from p",
     "Agent.imagine": "a row of VMBPO also holds the log-ratio",
+    "Agent.value": "SAC infers the policy first, and has the KL to a prior",
     "Agent.critic_loss": "equation numbers of the paper",
     "Agent.actor_loss": "VMBPO's KL to the prior policy",
     "Agent.update": "VMBPO's log-ratio in the target",
@@ -76,7 +79,9 @@ def test_shared_names_have_one_source(one, other):
 
 
 PAIRS = [*combinations([s for s in SCRIPTS if s.name != "tabular_risk.py"], 2)]
-FLAG_DIFFERS = {"epochs": "0 stops early in MBPO alone", "beta": "fixed in VMBPO, a start in β-VMBPO"}
+FLAG_DIFFERS = {"target_entropy": "−|A| in SAC, half of it in the model-based scripts",
+                "epochs": "0 stops early in MBPO alone", "beta": "fixed in VMBPO, a start in β-VMBPO",
+                "updates_per_step": "an update of active VEM is of everything, its model too"}
 
 
 @pytest.mark.parametrize("one, other", PAIRS, ids=str)

@@ -1,4 +1,4 @@
-"""The three model-based scripts as a user runs them: short runs, resume, signals, refusals, numbers that are not finite."""
+"""The training scripts as a user runs them: short runs, resume, signals, refusals, numbers that are not finite."""
 
 import csv
 import json
@@ -18,19 +18,26 @@ import tiny_envs
 import torch
 from conftest import ROOT, load_script
 
-PATHS = {name.split("/")[-1]: name for name in ("beta_vmbpo", "vmbpo", "baselines/mbpo")}
+PATHS = {name.split("/")[-1]: name for name in ("beta_vmbpo", "vmbpo", "baselines/mbpo", "active_vem", "sac_iterative")}
 SCRIPTS = {name: load_script(path) for name, path in PATHS.items()}
 SIZES = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "updates_per_step": 2,
          "batch_size": 16, "rollouts": 50, "model_buffer_size": 200, "buffer_size": 1000, "learning_starts": 20,
          "fit_every": 10, "min_first_batches": 5, "max_batches": 5, "log_every": 10, "eval_every": 20, "eval_episodes": 1,
-         "save_every": 1000, "total_steps": 40, "device": "cpu"}
+         "save_every": 1000, "total_steps": 40, "device": "cpu", "windows": 4, "window_length": 5, "first_updates": 2}
+MODEL_BASED = ["beta_vmbpo", "vmbpo", "mbpo"]
 every_script = pytest.mark.parametrize("name", SCRIPTS)
+model_based = pytest.mark.parametrize("name", MODEL_BASED)
 
 
 def flags(**changed):
     """Keyword arguments as a command line."""
     pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in changed.items())
     return [text for pair in pairs for text in pair]
+
+
+def known(name, shape):
+    """Those of the flags that the script has."""
+    return {key: value for key, value in shape.items() if key in SCRIPTS[name].Args.__annotations__}
 
 
 def run(name, *more, **changed):
@@ -45,7 +52,7 @@ def run(name, *more, **changed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "Agent", Recorded)
         sizes = {} if {"resume", "evaluate"} & set(changed) else SIZES
-        args = script.parse_args(flags(**sizes | changed) + list(more))
+        args = script.parse_args(flags(**known(name, sizes | changed)) + list(more))
         code = script.main(args)
     (agent, initial), = built
     return SimpleNamespace(code=code, args=args, agent=agent, initial=initial)
@@ -127,9 +134,12 @@ def test_short_run_moves_every_parameter(name, finished):
     fresh = SCRIPTS[name].Agent(args, 4, 1)
     assert all(torch.equal(value, initial[key]) for key, value in fresh.state_dict().items())
     final = dict(agent.named_parameters())
-    expected = {"actor.layers.0.weight", "critic.layers.2.bias", "critic_target.layers.0.weight", "log_alpha",
-                "model.layers.2.weight", "model.max_log_var", "model.min_log_var", "terminator.layers.1.bias"}
-    expected |= {"prior_actor.layers.0.weight"} if name != "mbpo" else set()
+    expected = {"actor.layers.0.weight", "critic.layers.2.bias", "critic_target.layers.0.weight", "log_alpha"}
+    expected |= {"model.layers.2.weight", "model.max_log_var", "model.min_log_var",
+                 "terminator.layers.1.bias"} if name in MODEL_BASED else set()
+    expected |= {"latent_posterior.layers.0.weight", "latent_prior.layers.2.bias", "decoder.layers.1.weight",
+                 "log_scale", "first_latent"} if name == "active_vem" else set()
+    expected |= {"prior_actor.layers.0.weight"} if name not in ("mbpo", "sac_iterative") else set()
     expected |= {"log_beta"} if name == "beta_vmbpo" else set()
     assert expected <= final.keys()
     for key, parameter in final.items():
@@ -148,7 +158,7 @@ def test_short_run_trains_the_posterior_apart_from_the_prior(name, finished):
             assert (prior != posterior).any(-1).all(), key
 
 
-@every_script
+@model_based
 def test_short_run_fills_buffers_and_statistics(name, finished):
     agent, initial = finished[name].agent, finished[name].initial
     state = checkpoint(finished[name].args.run_dir)
@@ -182,7 +192,7 @@ def test_run_directory(name, finished):
     folder = ROOT / args.run_dir
     assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.csv", "checkpoint.pt", "curve.png"}
     saved = json.loads((folder / "args.json").read_text())
-    assert {key: saved[key] for key in SIZES} == SIZES
+    assert {key: saved[key] for key in known(name, SIZES)} == known(name, SIZES)
     assert (saved["env_id"], saved["trials"], saved["seed"]) == ("InvertedPendulum-v4", 2, 1)
     assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = metrics(folder)
@@ -193,11 +203,12 @@ def test_run_directory(name, finished):
         steps.setdefault((metric, trial), []).append(step)
     assert all(when == sorted(when) for when in steps.values())
     always = {"loss/critic", "value/q", "policy/entropy", "policy/alpha"}
-    assert {metric.split("/")[0] for metric, _ in steps} == {"train", "eval", "loss", "value", "policy", "model"}
+    groups = {"train", "eval", "loss", "value", "policy"} | ({"model"} if name != "sac_iterative" else set())
+    assert {metric.split("/")[0] for metric, _ in steps} == groups
     for trial in (0, 1):
         assert all(steps[metric, trial] == [20, 30, 40] for metric in always)
         fits = {metric: when for (metric, i), when in steps.items() if metric.startswith("model/") and i == trial}
-        assert len(fits) >= 2 and all(when == [20, 30, 40] for when in fits.values())
+        assert (len(fits) >= 2 or name == "sac_iterative") and all(when == [20, 30, 40] for when in fits.values())
         assert steps["eval/return", trial] == steps["eval/length", trial] == [20, 40]
         # Every step is rewarded with 1 until the pole falls.
         for group in ("train", "eval"):
@@ -250,7 +261,7 @@ def test_rows_of_the_buffer_against_a_counter(name):
         assert logged["eval/return", 40] == 28 and logged["eval/length", 40] == 7
 
 
-@every_script
+@model_based
 def test_dictionary_observations_and_known_termination(name):
     args = run(name, env_id="tiny_envs:Dictionary-v0", termination_fn="tiny_envs:ends_above", run_dir="run").args
     real, imagined = (buffer["storage"][0] for buffer in checkpoint(args.run_dir)["buffers"])
@@ -318,8 +329,9 @@ def test_resume_with_other_intervals_keeps_the_rest(name, copy_of):
 def test_signal_saves_and_exits(name, number, tmp_path, monkeypatch):
     """In its own process for one signal per script; the run has not been evaluated yet when the signal comes."""
     shape = SIZES | {"env_id": "tiny_envs:Signal-v0", "eval_every": 1000, "total_steps": 60, "run_dir": tmp_path / "run"}
-    if (name, number) in (("beta_vmbpo", signal.SIGTERM), ("vmbpo", signal.SIGINT), ("mbpo", signal.SIGTERM)):
-        command = [ROOT / f"{PATHS[name]}.py", *flags(**shape)]
+    if (name, number) in (("beta_vmbpo", signal.SIGTERM), ("vmbpo", signal.SIGINT), ("mbpo", signal.SIGTERM),
+                          ("active_vem", signal.SIGINT), ("sac_iterative", signal.SIGTERM)):
+        command = [ROOT / f"{PATHS[name]}.py", *flags(**known(name, shape))]
         result = subprocess_run(command, tmp_path, TINY_SIGNAL=str(int(number)))
         assert result.returncode == 128 + number, result.stderr
         assert "Traceback" not in result.stderr
@@ -363,9 +375,11 @@ script.main(script.parse_args({argv!r}))
 """
 
 
-@pytest.mark.parametrize("name, where", [("beta_vmbpo", "write"), ("vmbpo", "replace"), ("mbpo", "write")])
+@pytest.mark.parametrize("name, where", [("beta_vmbpo", "write"), ("vmbpo", "replace"), ("mbpo", "write"),
+                                         ("active_vem", "replace"), ("sac_iterative", "write")])
 def test_kill_during_a_save_leaves_the_last_checkpoint(name, where, tmp_path):
-    argv = flags(**SIZES | {"env_id": "tiny_envs:Counter-v0", "save_every": 25, "total_steps": 60, "run_dir": "run"})
+    shape = SIZES | {"env_id": "tiny_envs:Counter-v0", "save_every": 25, "total_steps": 60, "run_dir": "run"}
+    argv = flags(**known(name, shape))
     program = KILL.format(name=name, path=str(ROOT / f"{PATHS[name]}.py"), argv=argv, where=where)
     result = subprocess_run(["-c", program], tmp_path)
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -448,8 +462,12 @@ REFUSED = [  # flags, what the line must contain
 ]
 
 
-@pytest.mark.parametrize("row", REFUSED, ids=[row[0] for row in REFUSED])
-@every_script
+CASES = [(name, row) for name in SCRIPTS for row in REFUSED  # rows about flags that the script has
+         if all(text[2:].replace("-", "_") in SCRIPTS[name].Args.__annotations__
+                for text in row[0].split() if text.startswith("--"))]
+
+
+@pytest.mark.parametrize("name, row", CASES, ids=[f"{name}-{row[0]}" for name, row in CASES])
 def test_refused(name, row, capsys, tmp_path):
     command, *parts = row
     default = [] if "--env-id" in command else ["--env-id", "Pendulum-v1"]
@@ -468,7 +486,7 @@ def test_dual_step_refused(command, capsys, tmp_path):
     assert command in refusal("beta_vmbpo", command.split(), capsys, tmp_path)
 
 
-@every_script
+@model_based
 def test_infinite_beta_is_allowed_where_there_is_one(name):
     """∞ is MBPO, as the flag's help says; rows of metrics before the first update do not stop the run."""
     beta = {} if name == "mbpo" else {"beta": "inf"}
@@ -596,17 +614,18 @@ def test_parameter_that_is_not_finite_stops_the_run(name, capsys, monkeypatch):
 # Evaluation
 
 
-@every_script
+@pytest.mark.parametrize("name", [*MODEL_BASED, "sac_iterative"])
 def test_evaluate_prints_the_returns_of_the_saved_agent(name, finished, copy_of, capsys):
     """Against a plain loop over one environment at a time."""
-    folder = copy_of(name)
-    before, actor, returns = files(folder), finished[name].agent.actor, np.zeros((2, 3))
+    folder, agent = copy_of(name), finished[name].agent
+    mean_of = agent.actor if name in MODEL_BASED else lambda obs: agent.infer(obs, 2, agent.quantiles)[0][-1].unbind(-2)
+    before, returns = files(folder), np.zeros((2, 3))
     env = gym.make("InvertedPendulum-v4")
     for i in range(6):
         obs, over = env.reset(seed=1 + 10_000 + i)[0], False
         while not over:
             with torch.no_grad():
-                mean = actor(torch.as_tensor(obs, dtype=torch.float32).expand(2, 1, 4))[0][i // 3, 0]
+                mean = mean_of(torch.as_tensor(obs, dtype=torch.float32).expand(2, 1, 4))[0][i // 3, 0]
             obs, reward, terminated, truncated, _ = env.step(3 * mean.tanh().numpy())  # its bounds are ±3
             returns[i // 3, i % 3], over = returns[i // 3, i % 3] + reward, terminated or truncated
     output = []
@@ -663,7 +682,8 @@ def test_dm_control(tmp_path):
 
 
 def test_wandb_offline_needs_no_account(tmp_path):
-    shape = SIZES | {"env_id": "tiny_envs:Counter-v0", "total_steps": 20, "run_dir": tmp_path / "run", "wandb": "offline"}
+    shape = known("beta_vmbpo", SIZES) | {"env_id": "tiny_envs:Counter-v0", "total_steps": 20}
+    shape |= {"run_dir": tmp_path / "run", "wandb": "offline"}
     home = {name: str(tmp_path / "home") for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")}
     home |= {"WANDB_API_KEY": "", "WANDB_SILENT": "true"}
     result = subprocess_run([ROOT / "beta_vmbpo.py", *flags(**shape)], tmp_path, **home)

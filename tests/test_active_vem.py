@@ -1,0 +1,797 @@
+"""The mathematics of active_vem.py on linear-Gaussian models, against the Kalman filter and smoother written here."""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import tiny_envs
+import torch
+from conftest import load_script
+from torch.distributions import Normal, TanhTransform, kl_divergence
+
+VEM = load_script("active_vem")
+AGENTS = ["generative", "discriminative", "memoryless"]
+SMALL = {"hidden_dim": 16, "model_dim": 16, "latent_dim": 4, "windows": 6, "window_length": 5, "device": "cpu"}
+
+
+def build(obs_dim=2, action_dim=1, **flags):
+    """A small agent, on the CPU."""
+    args = VEM.Args(**SMALL | flags)
+    return VEM.Agent(args, obs_dim, action_dim)
+
+
+def fill(agent, obs_dim=2, action_dim=1, steps=60, seed=0, length=9, capacity=1000):
+    """A buffer of random episodes that terminate and that are cut off, in turn."""
+    generator, trials = torch.Generator().manual_seed(seed), agent.args.trials
+    buffer = VEM.EpisodeBuffer(trials, capacity, obs_dim, action_dim, agent.latent_dim, "cpu")
+    random = lambda width: torch.randn(trials, 1, width, generator=generator)
+    obs, last = random(obs_dim), agent.begin(1)
+    for step in range(steps):
+        time, action, reward, next_obs = step % length, random(action_dim).tanh(), random(1), random(obs_dim)
+        ended = torch.full((trials, 1, 1), float(step % (2 * length) == length - 1))
+        buffer.add(obs, action, reward, next_obs, ended, *last, torch.full((trials, 1, 1), float(time)))
+        last = (random(agent.latent_dim), action, reward)
+        obs = next_obs
+        if time == length - 1:
+            obs, last = random(obs_dim), agent.begin(1)
+    agent.fit_scales(buffer)
+    agent.widths = buffer.widths
+    return buffer
+
+
+def replace(agent, **parts):
+    """Put plain functions in the place of networks."""
+    for name, part in parts.items():
+        agent._modules.pop(name, None)
+        setattr(agent, name, part)
+
+
+# --- densities
+
+
+def test_densities_against_distributions():
+    mean, log_std, other_mean, other_log_std, x = torch.randn(5, 7, 3, dtype=torch.float64)
+    one, other = Normal(mean, log_std.exp()), Normal(other_mean, other_log_std.exp())
+    torch.testing.assert_close(VEM.log_density(x, mean, log_std)[:, 0], one.log_prob(x).sum(-1))
+    kl = kl_divergence(one, other).sum(-1)
+    torch.testing.assert_close(VEM.divergence(mean, log_std, other_mean, other_log_std)[:, 0], kl)
+    torch.testing.assert_close(VEM.log_jacobian(x)[:, 0], TanhTransform().log_abs_det_jacobian(x, x.tanh()).sum(-1))
+    torch.testing.assert_close(VEM.log_mean_exp(x), x.exp().mean(0).log())
+
+
+# --- a linear-Gaussian state-space model: z' = a z + b u + N(0, q), percept = c z + N(0, diag r)
+
+A, B, Q, R, C = 0.9, 0.5, 0.3, np.array([0.2, 0.5]), np.array([1.0, -0.7])
+START = 0.4
+
+
+def sequence(steps=6, seed=0):
+    """Actions (steps,), percepts (steps, 2) of the model."""
+    rng, z = np.random.default_rng(seed), START
+    actions, percepts = rng.normal(size=steps), []
+    for u in actions:
+        z = A * z + B * u + math.sqrt(Q) * rng.normal()
+        percepts.append(C * z + np.sqrt(R) * rng.normal(size=2))
+    return actions, np.array(percepts)
+
+
+def normal_log_pdf(x, mean, cov):
+    sign, log_det = np.linalg.slogdet(2 * np.pi * cov)
+    return -0.5 * (log_det + (x - mean) @ np.linalg.solve(cov, x - mean))
+
+
+def kalman_log_likelihood(actions, percepts):
+    mean, var, total = START, 0.0, 0.0
+    for u, x in zip(actions, percepts):
+        mean, var = A * mean + B * u, A * A * var + Q
+        cov = var * np.outer(C, C) + np.diag(R)
+        total += normal_log_pdf(x, C * mean, cov)
+        gain = var * C @ np.linalg.inv(cov)
+        mean, var = mean + gain @ (x - C * mean), var - var * gain @ C
+    return total
+
+
+def smoother(actions, percepts):
+    """q(z_t | z_{t-1}, x_{t:T}) ∝ p(z_t|z_{t-1}) exp(−J z²/2 + h z): J and h of the backward messages, per step."""
+    messages, future_j, future_h = [], 0.0, 0.0
+    for u, x in zip(actions[::-1], percepts[::-1]):
+        j, h = (C**2 / R).sum() + future_j, (C * x / R).sum() + future_h
+        messages.append((j, h))
+        # ∫ N(z; a y + b u, Q) exp(−j z²/2 + h z) dz as a function of y
+        slope = A / (1 + j * Q)
+        future_j, future_h = A * slope * j, slope * (h - j * B * u)
+    return messages[::-1]
+
+
+def linear_agent(posterior, kind="generative", **flags):
+    """An agent whose networks are the model's own and whose q is `posterior`(t, prior mean, percept) -> mean, std."""
+    agent = build(1, 1, agent=kind, **{"latent_dim": 1} | flags).double()
+    clock = SimpleNamespace(t=0)
+    predict = lambda z, u: A * z + B * u
+    constant = lambda like, std: torch.full_like(like, math.log(std))
+
+    def infer(z, u, x):
+        mean, std = posterior(clock.t, predict(z, u), x)
+        clock.t += 1
+        return mean, constant(mean, std)
+
+    def bayes_prior(z, u, x):
+        mean, std = exact(None, predict(z, u), x)
+        return mean, constant(mean, std)
+
+    prior = (lambda z, u: (predict(z, u), constant(z, math.sqrt(Q)))) if kind == "generative" else bayes_prior
+    replace(agent, latent_posterior=infer, latent_prior=prior)
+    if kind == "generative":
+        agent.log_scale.data[:] = torch.as_tensor(np.log(R) / 2)
+        agent.decode = lambda z: (z * torch.as_tensor(C), torch.full_like(z, -50.0))
+    return agent
+
+
+def exact(t, prior_mean, x):
+    """q(z_t | z_{t-1}, x_t), by Bayes' rule."""
+    j = 1 / Q + (C**2 / R).sum()
+    return (prior_mean / Q + x @ torch.as_tensor(C / R)[:, None]) / j, j**-0.5
+
+
+def smoothed(messages, shift=0.0, scale=1.0):
+    def posterior(t, prior_mean, x):
+        j, h = messages[t]
+        return (prior_mean / Q + h) / (1 / Q + j) + shift, scale * (1 / Q + j) ** -0.5
+
+    return posterior
+
+
+def expected_terms(agent, actions, percepts):
+    """Sum over time of E_q of the bound's terms: quadratic in the noise, so 2T points with its moments are exact."""
+    steps = len(actions)
+    noise = math.sqrt(steps) * torch.cat([torch.eye(steps), -torch.eye(steps)]).double().T.reshape(1, steps, -1, 1)
+    n = noise.shape[2]
+    actions = torch.as_tensor(actions).view(1, -1, 1, 1).expand(-1, -1, n, -1)
+    percepts = torch.as_tensor(percepts).view(1, -1, 1, 2).expand(-1, -1, n, -1)
+    start = torch.full((1, n, 1), START, dtype=torch.float64)
+    latents, posterior = agent.unroll(start, actions, percepts, noise)
+    before = torch.cat([start[:, None], latents[:, :-1]], 1)
+    flat = [x.flatten(1, 2) for x in (before, latents, *posterior, actions, percepts)]
+    terms = agent.bound_terms(flat[0], flat[1], flat[2:4], *flat[4:])
+    return [term.detach().view(steps, n).mean(1).sum().item() for term in terms], flat
+
+
+def test_elbo_of_the_exact_smoother_is_the_log_likelihood():
+    """And of any other q it is below, by exactly the KL where only one q is shifted."""
+    actions, percepts = sequence()
+    expected = kalman_log_likelihood(actions, percepts)
+    messages = smoother(actions, percepts)
+
+    def elbo(posterior):
+        (log_likelihood, _, kl), _ = expected_terms(linear_agent(posterior), actions, percepts)
+        return log_likelihood - kl
+
+    assert elbo(smoothed(messages)) == pytest.approx(expected, abs=1e-8)
+    for worse in (exact, smoothed(messages, shift=0.1), smoothed(messages, scale=1.2), smoothed(messages, scale=0.8)):
+        assert elbo(worse) < expected - 1e-3
+    last = len(actions) - 1
+    scaled = lambda t, mean, x: smoothed(messages, scale=1.3 if t == last else 1.0)(t, mean, x)
+    kl = -math.log(1.3) + 0.5 * (1.3**2 - 1)
+    assert elbo(scaled) == pytest.approx(expected - kl, abs=1e-8)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_model_loss_is_minus_the_bound(weight):
+    """With exact filtering posteriors (8) is (1 − w) Σ_t log p(x_t|z_{t-1}), here in expectation over q(z_{t-1})."""
+    actions, percepts = sequence()
+    agent = linear_agent(exact, marginal_weight=weight)
+    _, (before, latents, *posterior, u, x) = expected_terms(agent, actions, percepts)
+    predicted = VEM.log_mean_exp(agent.log_weights(before, u, x, posterior)).mean().item()
+    never, mask = torch.zeros_like(latents), torch.ones_like(latents)
+    loss = agent.model_loss(before, latents, posterior, u, x, never, mask)[0]
+    assert loss.item() == pytest.approx(-(1 - weight) * predicted, abs=1e-8)
+    wrong = agent.model_loss(before, latents, posterior, u, x, mask, mask)[0]  # a logit of −50 that the episode ends
+    assert wrong.item() - loss.item() == pytest.approx(50, abs=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_full_marginal_weight_leaves_nothing_to_an_exact_posterior(samples):
+    """The bracket of (8) at w = 1 is 0 at every sample, and the marginal is log p(x_t|z_{t-1}) for every K."""
+    actions, percepts = sequence()
+    agent = linear_agent(exact, marginal_weight=1.0, marginal_samples=samples)
+    (log_likelihood, marginal, kl), (before, latents, *posterior, u, x) = expected_terms(agent, actions, percepts)
+    assert log_likelihood - marginal - kl == pytest.approx(0, abs=1e-8)
+    cov = Q * np.outer(C, C) + np.diag(R)
+    rows = zip(before[0, :, 0].numpy(), u[0, :, 0].numpy(), x[0].numpy())
+    predicted = [normal_log_pdf(percept, C * (A * z + B * action), cov) for z, action, percept in rows]
+    weights = agent.log_weights(before, u, x, posterior)
+    assert weights.shape[0] == samples
+    for weight in weights:
+        np.testing.assert_allclose(weight[0, :, 0].detach(), predicted, atol=1e-8)
+    ratio = VEM.log_density(latents, *posterior) - VEM.log_density(latents, *agent.latent_prior(before, u))
+    bracket = agent.log_likelihood(latents, x) - VEM.log_mean_exp(weights) - ratio
+    assert bracket.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("proposal", ["posterior", "prior"])
+def test_marginal_of_another_proposal_is_low_by_an_error_that_shrinks_with_the_samples(proposal):
+    off = lambda t, mean, x: (exact(t, mean, x)[0] + 0.1, 1.25 * exact(t, mean, x)[1])
+    n, errors = 40_000, []
+    rows = lambda *values: torch.tensor(values, dtype=torch.float64).expand(1, n, -1)
+    before, u, x = rows(START), rows(0.3), rows(1.0, -0.2)
+    expected = normal_log_pdf(np.array([1.0, -0.2]), C * (A * START + B * 0.3), Q * np.outer(C, C) + np.diag(R))
+    for samples in (4, 16, 64):
+        agent = linear_agent(off, marginal_samples=samples, marginal_proposal=proposal)
+        posterior = agent.latent_posterior(before, u, x)
+        errors.append(expected - VEM.log_mean_exp(agent.log_weights(before, u, x, posterior)).mean().item())
+    assert errors[-1] > 0
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.35) and errors[1] / errors[2] == pytest.approx(4, rel=0.35)
+
+
+def test_marginal_sends_the_proposal_no_gradient():
+    """q could raise the bound by becoming a bad proposal; the model and z_{t-1} get the gradient."""
+    agent = build(marginal_weight=1.0)
+    before, u, x = torch.randn(1, 8, 4, requires_grad=True), torch.randn(1, 8, 1), torch.randn(1, 8, 3)
+    posterior = agent.latent_posterior(before.detach(), u, x)
+    VEM.log_mean_exp(agent.log_weights(before, u, x, posterior)).sum().backward()
+    assert all(p.grad is None for p in agent.latent_posterior.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in [*agent.latent_prior.parameters(), before, agent.log_scale])
+
+
+def test_marginal_weight_anneals():
+    agent = build(marginal_weight=0.8, marginal_anneal_steps=10)
+    buffer, weights = fill(agent), []
+    for _ in range(12):
+        weights.append(float(agent.marginal_weight()))
+        agent.learn(buffer)
+    assert weights == pytest.approx([0.08 * min(i, 10) for i in range(12)], abs=1e-6)
+    assert float(build(marginal_weight=0.8).marginal_weight()) == pytest.approx(0.8)
+
+
+def test_generative_bound_at_full_weight_is_the_discriminative_one():
+    """(8) at w = 1 equals (6) when the discriminative prior is the Bayes posterior, for any q."""
+    actions, percepts = sequence()
+    for shift, scale in ((0.0, 1.0), (0.3, 1.0), (-0.2, 1.5)):
+        q = lambda t, mean, x: (exact(t, mean, x)[0] + shift, scale * exact(t, mean, x)[1])
+        one, other = linear_agent(q), linear_agent(q, "discriminative")
+        (log_likelihood, _, kl), (before, _, *_, u, x) = expected_terms(one, actions, percepts)
+        mean, std = exact(None, A * before + B * u, x)
+        bayes = [mean, torch.full_like(mean, math.log(std))]  # with it as the proposal, the marginal is exact
+        marginal = VEM.log_mean_exp(one.log_weights(before, u, x, bayes)).detach().view(len(actions), -1).mean(1).sum()
+        (nothing, _, other_kl), _ = expected_terms(other, actions, percepts)
+        assert nothing == 0
+        assert log_likelihood - float(marginal) - kl == pytest.approx(-other_kl, abs=1e-8)
+        assert (other_kl > 1e-3) == (shift != 0)
+
+
+@pytest.mark.parametrize("samples", [1, 16, 200])
+def test_information_lies_between_its_bounds(samples):
+    """The exact information of a percept is ½ log det(I + C Q Cᵀ R⁻¹); the lower estimate is at most log(K + 1)."""
+    generator, n = torch.Generator().manual_seed(1), 4000
+    loading = torch.randn(3, 4, generator=generator).double()
+    q, r = torch.tensor([1.5, 0.5, 1.0]).double(), torch.tensor([0.3, 0.5, 1.0, 0.8]).double()
+    agent = build(3, 1, latent_dim=3, info_samples=samples).double()
+    agent.decode = lambda z: (z @ loading, None)
+    agent.log_scale.data[:] = r.log() / 2
+    prior = [torch.zeros(1, n, 3).double(), (q.log() / 2).expand(1, n, 3)]
+    lower, upper = agent.information(VEM.sample(*prior), prior)
+    ratio = loading.T @ torch.diag(q) @ loading @ torch.diag(1 / r)
+    exact_information = 0.5 * torch.logdet(torch.eye(4) + ratio).item()
+    error = 4 * (lower.std() + upper.std()).item() / math.sqrt(n)
+    assert lower.mean() < exact_information + error and upper.mean() > exact_information - error
+    assert lower.max() <= math.log(samples + 1) + 1e-9
+    if samples == 200:
+        assert upper.mean() - lower.mean() < 1.0
+
+
+# --- actions
+
+
+def simple_planner(horizon, decode, **flags):
+    agent = build(1, 1, latent_dim=1, plan_horizon=horizon, **flags).double()
+    replace(agent, critic=lambda x: torch.zeros(2, *x.shape[:-1], 1, dtype=x.dtype),
+            latent_prior=lambda z, u: (A * z + B * u, torch.full_like(z, math.log(Q) / 2)))
+    agent.decode = decode
+    agent.log_alpha.data.fill_(-math.inf)  # V without its nats
+    return agent
+
+
+def test_planned_bound_of_one_step_is_the_expected_reward():
+    """(10) with H = 1 and Q = 0, for the reward 3 − 2 z²: 3 − 2 ((a z + b u)² + Q), in units of the rewards' spread."""
+    agent = simple_planner(1, lambda z: (torch.cat([z, 3 - 2 * z.square()], -1), torch.zeros_like(z)))
+    agent.percepts.mean[..., 1], agent.percepts.std[..., 1] = 5.0, 2.0
+    z, u, n = 0.8, -0.4, 200_000
+    bound = agent.planned_bound(torch.full((1, n, 1), z).double(), torch.full((1, n, 1), u).double()).detach()
+    error = 4 * bound.std().item() / math.sqrt(n)
+    assert bound.mean().item() == pytest.approx(3 - 2 * ((A * z + B * u) ** 2 + Q) + 5 / 2, abs=error)
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_planned_bound_discounts_and_may_end(horizon):
+    """Reward 1 per step, ending with probability ¼ after each: Σ (¾ γ)^(k−1), and what V says behind it."""
+    agent = simple_planner(horizon, lambda z: (torch.ones(*z.shape[:-1], 2).double(), torch.full_like(z, -math.log(3))))
+    z = torch.zeros(1, 3, 1).double()
+    discount = 0.99 * (1 - 0.25 * torch.tensor([0.0, 1.0]))  # no episode has ended yet, or some have
+    for ever_ended, factor in enumerate(discount.tolist()):
+        agent.ever_ended.fill_(ever_ended)
+        expected = sum(factor**k for k in range(horizon))
+        assert agent.planned_bound(z, z)[0, 0].item() == pytest.approx(expected, rel=1e-6)
+        agent.critic = lambda x: torch.stack([torch.full((*x.shape[:-1], 1), v).double() for v in (7.0, 9.0)])
+        assert agent.planned_bound(z, z)[0, 0].item() == pytest.approx(expected + 7 * factor**horizon, rel=1e-6)
+        agent.critic = lambda x: torch.zeros(2, *x.shape[:-1], 1).double()
+
+
+@pytest.mark.parametrize("policy", ["prior", "posterior"])
+def test_rollout_policy(policy):
+    """Between the first action and V, imagined actions come from the policy that is asked for."""
+    agent, calls = build(rollout_policy=policy, plan_horizon=4), []
+    for name in ("actor", "prior_actor"):
+        net = getattr(agent, name)
+        replace(agent, **{name: lambda z, net=net, name=name: calls.append(name) or net(z)})
+    agent.planned_bound(torch.randn(1, 5, 4), torch.zeros(1, 5, 1))
+    assert calls == ["prior_actor" if policy == "prior" else "actor"] * 3 + ["actor", "prior_actor"]  # the last two: V
+
+
+def test_information_enters_the_plan_with_its_weight():
+    bounds = []
+    for weight in (0.0, 2.0):
+        agent = build(info_weight=weight, plan_horizon=1)
+        agent.decode = lambda z: (torch.zeros(*z.shape[:-1], 3), torch.zeros_like(z[..., :1]))
+        agent.information = lambda latent, prior: (torch.full_like(latent[..., :1], 0.3), None)
+        agent.soft_value = lambda latent, critic: 0.0
+        bounds.append(agent.planned_bound(torch.zeros(1, 5, 4), torch.zeros(1, 5, 1)).mean().item())
+    assert bounds[1] - bounds[0] == pytest.approx(0.1 * 2 * 0.3, rel=1e-5)  # α is 0.1 at the start
+
+
+def test_refinement_on_a_quadratic_is_the_product_of_gaussians():
+    """q ∝ p exp(Ê/α): with Ê/α = −(u − m)²/2s² in u = atanh(a) the precisions add."""
+    agent = build(2, 2, plan_iters=6, plan_samples=20_000, prior_mix=0.0).double()
+    mean, std = torch.tensor([0.5, -0.3]).double(), torch.tensor([0.4, 0.8]).double()
+    goal, width = torch.tensor([-0.2, 0.6]).double(), torch.tensor([0.5, 0.3]).double()
+    moments = lambda m, s: lambda z: (m.expand(1, z.shape[1], 2), s.log().expand(1, z.shape[1], 2))
+    replace(agent, actor=moments(torch.zeros(2).double(), torch.ones(2).double()), prior_actor=moments(mean, std))
+    objective = lambda u: -0.5 * ((u - goal) / width).square().sum(-1, keepdim=True)
+    agent.planned_bound = lambda z, a: objective(a.atanh()) * agent.log_alpha.exp()
+    found_mean, found_log_std = agent.refine(torch.zeros(1, 3, 4).double())
+    precision = 1 / std**2 + 1 / width**2
+    expected = (mean / std**2 + goal / width**2) / precision
+    torch.testing.assert_close(found_mean, expected.expand(1, 3, 2), atol=0.02, rtol=0)
+    torch.testing.assert_close(found_log_std.exp(), precision.rsqrt().expand(1, 3, 2), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("prior, mix", [("learned", 0.0), ("learned", 0.1), ("uniform", 0.1)])
+def test_divergence_of_actions(prior, mix):
+    """E log q/p^(1−ε)u^ε against distributions over a = tanh(u), with a million samples."""
+    agent = build(2, 2, action_prior=prior, prior_mix=mix).double()
+    wide = lambda values, z: torch.tensor(values).double().expand(1, z.shape[1], 2)
+    moments = lambda mean, std: lambda z: (wide(mean, z), wide(std, z).log())
+    replace(agent, actor=moments([0.5, -0.3], [0.4, 0.8]), prior_actor=moments([0.0, 0.2], [0.7, 0.6]))
+    action, kl, log_prob = agent.posterior_action(torch.zeros(1, 200_000, 4).double())
+    q, p = (torch.distributions.TransformedDistribution(Normal(*(x[0, 0] for x in (m, s.exp()))), TanhTransform())
+            for m, s in (agent.actor(torch.zeros(1, 1, 4)), agent.prior_actor(torch.zeros(1, 1, 4))))
+    share = 1.0 if prior == "uniform" else mix
+    expected = (q.log_prob(action) - (1 - share) * p.log_prob(action) + share * math.log(2)).sum(-1)
+    assert kl.mean().item() == pytest.approx(expected.mean().item(), abs=0.01)
+    torch.testing.assert_close(log_prob[..., 0], q.log_prob(action).sum(-1))
+
+
+def test_prior_is_fitted_to_the_posterior_and_a_share_of_uniform_actions():
+    """The loss is least, with gradient 0, at the moments of the mixture, and sends q no gradient."""
+    agent, eps = build(prior_mix=0.1), 0.1
+    mean, log_std = torch.tensor([[[0.7]]], requires_grad=True), torch.tensor([[[-1.2]]], requires_grad=True)
+    u = torch.atanh(torch.rand(2_000_000, dtype=torch.float64) * 2 - 1)
+    variance = (1 - eps) * (math.exp(-2.4) + 0.7**2) + eps * u.square().mean().item() - ((1 - eps) * 0.7) ** 2
+    prior = [torch.full((1, 1, 1), x, requires_grad=True) for x in ((1 - eps) * 0.7, 0.5 * math.log(variance))]
+    replace(agent, actor=lambda z: (1 * mean, 1 * log_std), prior_actor=lambda z: prior)
+    agent.prior_loss(torch.zeros(1, 1, 4), torch.ones(1, 1, 1)).backward()
+    assert mean.grad is None and log_std.grad is None
+    assert all(abs(x.grad.item()) < 2e-3 for x in prior)
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_each_step_moves_its_own_networks(kind):
+    """The E-step of the action moves q(a) (and α) alone, the M-step of the action prior p(a) alone."""
+    agent = build(agent=kind, info_weight=0.5, marginal_weight=0.5)
+    buffer, moved, descend = fill(agent), [], agent.descend
+
+    def watched(loss, *names):
+        before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+        descend(loss, *names)
+        moved.append({name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])})
+
+    agent.descend = watched
+    agent.learn(buffer)
+    agent.learn(buffer)
+    inference = {"generative": {"latent_posterior", "latent_prior", "first_latent", "decoder", "log_scale"},
+                 "discriminative": {"latent_posterior", "latent_prior", "first_latent"}, "memoryless": set()}[kind]
+    assert moved[:3] == moved[3:] == [{"critic"} | inference, {"actor", "log_alpha"}, {"prior_actor"}]
+
+
+@pytest.mark.parametrize("kind", ["generative", "discriminative"])
+def test_the_critics_error_shapes_the_discriminative_latent_state_alone(kind):
+    agent = build(agent=kind)
+    buffer = fill(agent)
+    seen, critic_loss = [], agent.critic_loss
+    agent.critic_loss = lambda latent, *rest: seen.append(latent.requires_grad) or critic_loss(latent, *rest)
+    agent.learn(buffer)
+    assert seen == [kind == "discriminative"]
+
+
+@pytest.mark.parametrize("alpha, direction", [(1e9, -1), (0.0, 1)])
+def test_alpha_meets_its_target(alpha, direction):
+    """α falls while the KL is below the target and rises while it is above; a fixed one stays."""
+    agent = build(kl_target=alpha)
+    before = agent.log_alpha.item()
+    agent.learn(fill(agent))
+    assert (agent.log_alpha.item() - before) * direction > 0
+    agent = build(alpha=0.3)
+    agent.learn(fill(agent))
+    assert agent.log_alpha.exp().item() == pytest.approx(0.3)
+
+
+# --- inference along episodes
+
+
+def test_online_filter_is_batch_inference():
+    agent = build(trials=2)
+    agent.percepts.mean += torch.randn(2, 1, 3)
+    obs, reward, actions, noise = (torch.randn(2, 12, 3, width) for width in (2, 1, 1, 4))  # (trials, time, n, ·)
+    start = agent.begin(3)[0]
+    percepts = agent.percepts(torch.cat([obs, reward], -1).flatten(1, 2)).unflatten(1, (12, 3))
+    batch = agent.unroll(start, actions, percepts, noise)[0]
+    latent = start
+    for t in range(12):
+        latent = agent.perceive(latent, actions[:, t], obs[:, t], reward[:, t], noise[:, t])
+        torch.testing.assert_close(latent, batch[:, t])
+
+
+@pytest.mark.parametrize("kind", ["generative", "discriminative"])
+def test_untrained_latent_state_is_bounded(kind):
+    agent = build(agent=kind, latent_dim=8, model_dim=64, trials=5)
+    latent, action, reward = agent.begin(4)
+    for _ in range(1000):
+        latent = agent.perceive(latent, action, torch.randn(5, 4, 2), reward)
+        action, reward = agent.act(latent), torch.randn(5, 4, 1)
+        assert latent.abs().max() < 20
+    imagined = latent
+    for _ in range(1000 if kind == "generative" else 0):
+        imagined = VEM.sample(*agent.latent_prior(imagined, agent.act(imagined)))
+        assert imagined.abs().max() < 20
+
+
+def run(path, **flags):
+    """A training run in this process; the arguments it had."""
+    small = {"hidden_dim": 16, "model_dim": 16, "windows": 4, "window_length": 5, "learning_starts": 20,
+             "scale_every": 10, "first_updates": 0, "log_every": 10, "eval_every": 20, "eval_episodes": 2,
+             "total_steps": 40, "device": "cpu", "run_dir": path}
+    argv = [text for key, value in (small | flags).items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    args = VEM.parse_args(argv)
+    assert VEM.main(args) == 0
+    return args
+
+
+def test_rewards_and_actions_are_aligned(tmp_path, monkeypatch):
+    """The posterior sees at x_t the reward that came with it and the action before it: a counter tells which."""
+    seen, unroll = [], VEM.Agent.unroll
+
+    def watched(agent, start, actions, percepts, noise):
+        seen.append((start, actions, agent.percepts.inverse(percepts.flatten(1, 2)).unflatten(1, percepts.shape[1:3])))
+        return unroll(agent, start, actions, percepts, noise)
+
+    monkeypatch.setattr(VEM.Agent, "unroll", watched)
+    run(tmp_path / "run", env_id="tiny_envs:Counter-v0", trials=2)
+    windows, online = 0, 0
+    for start, actions, percepts in seen:
+        count, received, reward = percepts.double().unbind(-1)
+        count = count.round() % 100
+        expected = tiny_envs.LOW + (actions[..., 0] + 1) / 2 * (tiny_envs.HIGH - tiny_envs.LOW)
+        first = count == 0
+        steps = 1 + torch.cat([torch.ones_like(count[:, :1]), count.diff(dim=1) == 1], 1).cumprod(1).sum(1)
+        valid = torch.arange(count.shape[1]).view(1, -1, 1) < steps[:, None] - 1  # the rest is padding
+        assert torch.allclose(reward[valid].float(), count[valid].float(), atol=1e-2)
+        assert torch.allclose(received[valid & ~first].float(), expected[valid & ~first], atol=2e-2)
+        assert not first[:, 1:][valid[:, 1:]].any()
+        assert not actions[first].any()
+        windows, online = windows + (count.shape[1] > 1), online + (count.shape[1] == 1)
+    assert windows == 21 + 3 and online > 40  # updates, and rows of metrics
+
+
+def test_windows_stay_in_their_episode_and_cover_it_evenly():
+    agent = build()
+    buffer = fill(agent, steps=70, capacity=50)
+    counts = torch.zeros(70)
+    for _ in range(300):
+        rows, place, valid = buffer.sample(20, 6)
+        time, ok = rows[..., -1], valid[..., 0] > 0
+        assert ok[:, 0].all()
+        assert torch.equal(time[:, 1:][ok[:, 1:]], (time[:, :-1] + 1)[ok[:, 1:]])  # one step after another
+        assert not (ok[:, 1:] & ~ok[:, :-1]).any()  # padding is at the end
+        obs, next_obs = rows[..., :2], rows[..., 4:6]
+        assert torch.equal(obs[:, 1:][ok[:, 1:]], next_obs[:, :-1][ok[:, 1:]])
+        assert torch.equal(buffer.storage[0, place[0]], rows[0])
+        age = (place - 70 % 50) % 50 + 20  # the step at which the row was added
+        assert torch.equal(age[ok] % 9, time[ok].long())
+        counts += torch.bincount(age[ok].flatten(), minlength=70)
+    assert counts[:20].sum() == 0 and counts[20:].min() > 0.4 * counts[20:].mean()
+
+
+def test_refreshed_latent_states_are_where_windows_start_from():
+    """z inferred at a row becomes the state before the next row of its episode; nothing else is touched."""
+    agent = build()
+    buffer = fill(agent)
+    before, (rows, place, valid) = buffer.storage.clone(), buffer.sample(1, 6)
+    latents = torch.randn(1, 6, 1, 4)
+    buffer.refresh(place, rows, valid, latents)
+    changed = (buffer.storage != before).any(-1)[0].nonzero().flatten().tolist()
+    ok = valid[0, 1:, 0, 0] > 0
+    assert sorted(place[0, 1:, 0][ok].tolist()) == changed and len(changed) > 0
+    assert torch.equal(buffer.storage[0, place[0, 1:, 0][ok], buffer.latent], latents[0, :-1, 0][ok])
+    outside = torch.ones(before.shape[-1], dtype=bool)
+    outside[buffer.latent] = False
+    assert torch.equal(buffer.storage[..., outside], before[..., outside])
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_truncation_bootstraps_and_termination_does_not(kind):
+    """The critic's target is r/σ + γ V(z') where an episode was cut off and r/σ where it terminated."""
+    agent = build(agent=kind)
+    buffer, seen = fill(agent), []
+    agent.soft_value = lambda latent, critic: torch.full_like(latent[..., :1], 10.0)
+    critic_loss = agent.critic_loss
+    agent.critic_loss = lambda *columns: seen.append(columns) or critic_loss(*columns)
+    agent.descend = lambda loss, *names: None
+    for _ in range(10):
+        rows, _, valid = buffer.sample(8, 5)
+        agent.update(rows, valid)
+        target, mask = seen[-1][2], seen[-1][3]
+        reward, terminated, time = (rows[..., i].flatten(1, 2)[..., None] for i in (3, 6, -1))
+        scale = agent.percepts.std[..., -1:]
+        torch.testing.assert_close(target, reward / scale + 9.9 * (1 - terminated))
+        ends = (time == 8) & (mask > 0)
+        assert torch.equal(mask, valid.flatten(1, 2))
+        if (ends & (terminated == 0)).any() and (ends & (terminated == 1)).any():
+            break
+    else:
+        pytest.fail("no window held both kinds of end")
+
+
+def test_the_last_observation_of_an_episode_is_modelled():
+    """A window has one percept more than valid steps; the end is told to the model where it happened."""
+    agent, seen = build(), []
+    buffer, model_loss = fill(agent), agent.model_loss
+    agent.model_loss = lambda *columns: seen.append(columns) or model_loss(*columns)
+    rows, _, valid = buffer.sample(40, 6)
+    agent.update(rows, valid)
+    percepts, ended, mask = (column.unflatten(1, (7, 40)) for column in seen[0][4:])
+    expected = agent.percepts(rows[..., [4, 5, 3]].flatten(1, 2)).unflatten(1, (6, 40))
+    assert valid.min() == 0 and torch.equal(mask[:, 1:], valid) and mask[:, 0].min() == 1
+    assert torch.equal(percepts[:, 1:], expected) and torch.equal(ended[:, 1:], rows[..., 6:7])
+    assert (ended * mask).sum() == (rows[..., 6:7] * valid).sum() > 0
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_padding_does_not_teach(kind):
+    """What stands in padded rows leaves every gradient as it was."""
+    agents = []
+    for poison in (0.0, 5.0):
+        torch.manual_seed(0)
+        agent = build(agent=kind, marginal_weight=0.3)
+        buffer = fill(agent)
+        rows, _, valid = buffer.sample(40, 6)
+        assert valid.min() == 0
+        torch.manual_seed(1)
+        agent.update(rows + poison * (1 - valid), valid)
+        agents.append(agent)
+    for (key, one), other in zip(agents[0].named_parameters(), agents[1].parameters()):
+        torch.testing.assert_close(one, other, msg=key)
+
+
+# --- trials, and numbers that are not finite
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_trials_do_not_feel_each_other(kind):
+    """Changing the second trial's data leaves every bit of the first trial's parameters as it was."""
+    agents = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        agent = build(agent=kind, trials=2, marginal_weight=0.5, info_weight=0.5)
+        buffer = fill(agent)
+        if changed:
+            buffer.storage[1, :, :-1] = buffer.storage[1, :, :-1] * 3 + 1
+            agent.fit_scales(buffer)
+        for _ in range(3):
+            agent.learn(buffer)
+        agents.append(agent)
+    for (key, one), (_, other) in zip(agents[0].named_parameters(), agents[1].named_parameters()):
+        assert torch.equal(one.select(-3, 0), other.select(-3, 0)), key
+        assert not torch.equal(one.select(-3, 1), other.select(-3, 1)), f"{key} does not depend on the data"
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_steps_that_are_not_finite_are_skipped_and_counted(kind):
+    """For the trial concerned alone; the next good windows move it again."""
+    agent = build(agent=kind, trials=2)
+    buffer = fill(agent)
+    rows, _, valid = buffer.sample(6, 5)
+    agent.update(rows, valid)
+    before = {key: p.detach().clone() for key, p in agent.named_parameters()}
+    broken = rows.clone()
+    broken[0, 0, 0, 0] = math.inf
+    agent.update(broken, valid)
+    assert agent.skipped[0] >= 3 and agent.skipped[1] == 0
+    target = lambda key: key.startswith("critic_target")
+    for key, p in agent.named_parameters():
+        assert torch.equal(p.select(-3, 0), before[key].select(-3, 0)) or target(key), key
+        assert not torch.equal(p.select(-3, 1), before[key].select(-3, 1)), key
+    metrics = agent.learn(buffer)
+    assert torch.equal(metrics["train/skipped"], agent.skipped)
+    for key, p in agent.named_parameters():
+        assert p.isfinite().all() and not torch.equal(p.select(-3, 0), before[key].select(-3, 0)), key
+
+
+def test_gradients_are_cut_per_trial():
+    agent = build(trials=2, max_grad_norm=0.5)
+    p = agent.prior_actor.layers[0].bias
+    step, seen = agent.opts["prior_actor"].step, []
+    agent.opts["prior_actor"].step = lambda: seen.append(p.grad.clone()) or step()
+    loss = (p * torch.tensor([3.0, 0.01]).view(2, 1, 1)).sum()
+    agent.descend(loss + sum(0 * q.sum() for q in agent.prior_actor.parameters()), "prior_actor")
+    norms = seen[0].flatten(1).norm(dim=1)
+    assert norms.tolist() == pytest.approx([0.5, 0.01 * math.sqrt(16)], rel=1e-4)
+
+
+# --- environments
+
+
+def episodes(policy, count=1000):
+    """Mean return of policy(env, observation, time) on the double integrator."""
+    env, total = VEM.DoubleIntegrator(), 0.0
+    for i in range(count):
+        obs = env.reset(seed=i)[0]
+        for t in range(50):
+            obs, reward, *_ = env.step(np.array([policy(env, obs, t)]))
+            total += reward
+    return total / count
+
+
+def riccati():
+    """Gains of the linear-quadratic regulator for 50 steps."""
+    a, b = np.array([[1, 0.2], [0, 1]]), np.array([[0.08], [0.8]])
+    value, gains = np.zeros((2, 2)), []
+    for _ in range(50):
+        gain = np.linalg.solve(0.05 + b.T @ value @ b, b.T @ value @ a)
+        value = a.T @ value @ a - a.T @ value @ b @ gain + np.diag([1, 0.1])
+        gains.append(gain[0])
+    return a, b, gains[::-1]
+
+
+def test_double_integrator_has_the_known_returns():
+    """Linear-quadratic control of the state and of its Kalman estimate, no action, random actions."""
+    a, b, gains = riccati()
+    state = SimpleNamespace()
+
+    def filtered(env, obs, t):
+        if t == 0:
+            state.mean, state.cov = np.zeros(2), np.diag([1, 0.25])
+        gain = state.cov[:, 0] / (state.cov[0, 0] + env.noise**2)
+        state.mean, state.cov = state.mean + gain * (obs[0] - state.mean[0]), state.cov - np.outer(gain, state.cov[0])
+        action = np.clip(-gains[t] @ state.mean, -1, 1)
+        state.mean, state.cov = a @ state.mean + b[:, 0] * action, a @ state.cov @ a.T
+        return action
+
+    rng = np.random.default_rng(0)
+    assert episodes(lambda env, obs, t: -gains[t] @ [env.position, env.velocity]) == pytest.approx(-3.7, abs=0.25)
+    assert episodes(filtered) == pytest.approx(-3.85, abs=0.25)
+    assert episodes(lambda *_: 0.0) == pytest.approx(-322, abs=35)
+    assert episodes(lambda *_: rng.uniform(-1, 1)) == pytest.approx(-499, abs=35)
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "MountainCarContinuous-v0", "InvertedPendulum-v5", "Hopper-v4",
+                                    "Walker2d-v4", "HalfCheetah-v4", "Swimmer-v4", "Ant-v4",
+                                    "InvertedDoublePendulum-v4"])
+def test_masks_hide_velocities_or_positions(env_id):
+    """The full observation is the positions, then the simulator's own velocities."""
+    make = lambda mask: VEM.make_tasks(VEM.Args(env_id=env_id, mask=mask), 1)
+    envs = {mask: make(mask) for mask in ("none", "velocity", "position")}
+    seen = {mask: env.reset(seed=3)[0][0] for mask, env in envs.items()}
+    for _ in range(3):
+        action = np.full((1, *envs["none"].single_action_space.shape), 0.3, np.float32)
+        seen = {mask: env.step(action)[0][0] for mask, env in envs.items()}
+        both = np.concatenate([seen["velocity"], seen["position"]])
+        np.testing.assert_allclose(both, seen["none"], rtol=1e-5, atol=1e-6)
+    task = envs["none"].envs[0].unwrapped
+    velocity = task.data.qvel if hasattr(task, "data") else np.atleast_1d(task.state[1])
+    assert envs["velocity"].single_observation_space.shape == seen["velocity"].shape
+    np.testing.assert_allclose(seen["position"][: len(velocity)], np.clip(velocity, -10, 10), rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_seeded_by_the_environment():
+    obs = []
+    for noise in (0.0, 0.5, 0.5):
+        envs = VEM.make_tasks(VEM.Args(env_id="Pendulum-v1", noise=noise), 400)
+        obs.append(envs.reset(seed=1)[0])
+    assert np.array_equal(obs[1], obs[2])
+    assert (obs[1] - obs[0]).std(0) == pytest.approx([0.5] * 3, rel=0.15)
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ("--mask velocity --env-id tiny_envs:Counter-v0", ("--mask velocity", "Pendulum")),
+    ("--mask position --env-id DoubleIntegrator-v0", ("--mask position",)),
+    ("--plan-horizon -1", ("--plan-horizon -1",)), ("--marginal-samples 0", ("--marginal-samples 0",)),
+    ("--marginal-weight -1", ("--marginal-weight -1",)), ("--info-weight nan", ("--info-weight nan",)),
+    ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--plan-samples 1", ("--plan-samples 1",)),
+    ("--agent discriminative --plan-iters 2", ("--plan-iters", "generative")),
+    ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
+])
+def test_refused(flags, parts, capsys):
+    with pytest.raises(SystemExit) as stop:
+        VEM.parse_args(flags.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and all(part in line for part in parts), line
+
+
+# --- whole runs
+
+
+def test_evaluation_follows_the_filter(tmp_path, capsys):
+    """Both policies, against a plain loop over one environment at a time; --evaluate prints them."""
+    args = run(tmp_path / "run", env_id="Pendulum-v1", mask="velocity", trials=2, eval_episodes=3)
+    agent = VEM.Agent(args, 2, 1)
+    VEM.load(tmp_path / "run" / "checkpoint.pt", args, agent)
+    envs = VEM.make_tasks(args, 6)
+    capsys.readouterr()
+    assert VEM.main(VEM.parse_args(["--evaluate", str(tmp_path / "run")])) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for policy, net in (("posterior", agent.actor), ("prior", agent.prior_actor)):
+        returns = VEM.evaluate(agent, envs, args, policy)[0]
+        for i in range(6):
+            env, trial = gym.make("Pendulum-v1"), i // 3
+            obs = env.reset(seed=1 + 10_000 + i)[0]
+            latent, action, reward, total = agent.begin(1)[0], torch.zeros(2, 1, 1), 0.0, 0.0
+            for _ in range(200):
+                percept = agent.percepts(torch.tensor([*obs[:2], reward]).float().expand(2, 1, 3))
+                with torch.no_grad():
+                    latent = agent.latent_posterior(latent, action, percept)[0]
+                    action = net(latent)[0].tanh()
+                obs, reward, *_ = env.step(2 * action[trial, 0].numpy())
+                total += reward
+            assert returns[trial, i % 3] == pytest.approx(total, rel=1e-3)
+        for line, mean in zip(printed, returns.mean(1)):
+            assert f" {mean:.1f} ±" in line and "3 episodes" in line and "step 40" in line
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        logged = {(row["metric"], int(row["trial"])) for row in csv.DictReader(file)}
+    assert {(f"eval/{name}", trial) for name in ("return", "return_prior", "length") for trial in (0, 1)} <= logged
+
+
+@pytest.mark.parametrize("flags", [
+    {"agent": "discriminative"}, {"agent": "memoryless"}, {"plan_iters": 2, "plan_samples": 4},
+    {"action_prior": "uniform"},
+    {"act": "prior", "rollout_policy": "posterior"}, {"plan_horizon": 0}, {"info_weight": 0.1, "info_samples": 2},
+    {"marginal_weight": 1, "marginal_samples": 2, "marginal_anneal_steps": 10}, {"noise": 0.1, "prior_mix": 0},
+    {"marginal_weight": 0.5, "marginal_proposal": "prior"}, {"alpha": 0.01, "updates_per_step": 2}], ids=str)
+def test_every_variant_runs_and_learns_finite_numbers(flags, tmp_path):
+    run(tmp_path / "run", env_id="InvertedPendulum-v5", total_steps=24, **flags)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_the_double_integrator_begins_to_be_learned():
+    """Two hundred updates on one buffer of random episodes raise the bound by a nat."""
+    torch.manual_seed(0)
+    agent = build(1, 1, windows=16, window_length=10, latent_dim=4, model_dim=32, model_learning_rate=1e-2)
+    buffer = VEM.EpisodeBuffer(1, 2000, 1, 1, 4, "cpu")
+    env = VEM.DoubleIntegrator()
+    column = lambda x: torch.as_tensor(x, dtype=torch.float32).view(1, 1, -1)
+    for episode in range(20):
+        obs, last = env.reset(seed=episode)[0], agent.begin(1)
+        for t in range(50):
+            action = torch.rand(1, 1, 1) * 2 - 1
+            next_obs, reward, *_ = env.step(action.flatten().numpy())
+            buffer.add(column(obs), action, column(reward), column(next_obs), column(0.0), *last, column(float(t)))
+            obs, last = next_obs, (torch.zeros(1, 1, 4), action, column(reward))
+    agent.fit_scales(buffer)
+    bounds = []
+    for _ in range(200):
+        metrics = agent.learn(buffer)
+        bounds.append((metrics["model/log_likelihood"] - metrics["model/kl"]).item())
+    assert np.mean(bounds[-20:]) > np.mean(bounds[:20]) + 1
