@@ -7,13 +7,13 @@
     python benchmarks/inference.py landscape --run RUN --dims 0 1
     python benchmarks/inference.py optimizers --run RUN
 
-The paper is Marino, Piché and Yue, "On the Design of Variational RL Algorithms", whose figures and equations are meant.
-Each command writes benchmarks/results/NAME.csv and benchmarks/figures/NAME.png, where NAME is --out or
-inference_EXPERIMENT_ENV; `--from-csv --out NAME` draws the figure again without the runs.
+Figures and equations are those of Marino, Piché and Yue, "On the Design of Variational RL Algorithms". Each command
+writes benchmarks/results/NAME.csv and benchmarks/figures/NAME.png, where NAME is --out or inference_EXPERIMENT_ENV;
+`--from-csv --out NAME` draws the figure again without the runs.
 
-J̃ is always the script's own objective (16), with the run's prior, pessimism, α and online critics. It is estimated with
-common random numbers: one fixed draw per state, the same for every λ, which the inference itself never sees. In the
-tables a column NAME beside NAME_std is the mean over a trial's states (or episodes). Shapes: J̃ (..., trials, n),
+J̃ is always the script's own objective (16), with the run's prior, pessimism, α and online critics. It is estimated
+with common random numbers: one fixed draw per state, the same for every λ, which the inference itself never sees. In
+the tables a column NAME beside NAME_std is the mean over a trial's states (or episodes). Shapes: J̃ (..., trials, n),
 λ = (μ, log σ) = params (trials, n, 2, action_dim), noise (trials, samples, n, action_dim).
 """
 
@@ -82,7 +82,7 @@ def estimate(agent, obs, params, noise):
 
 
 def gradient(agent, obs, params, noise=None):
-    """∇J̃ shaped like params, and J̃ (trials, n); on fresh noise of as many samples as in training unless it is given."""
+    """∇J̃ shaped like params, and J̃ (trials, n); on fresh noise, as in training, unless it is given."""
     if noise is None:
         noise = agent.noise(obs, agent.args.action_samples)
     at = lambda part: agent.gradient(obs[:, part], params[:, part], noise[:, :, part])
@@ -92,7 +92,7 @@ def gradient(agent, obs, params, noise=None):
 
 @torch.no_grad()
 def learned(agent, obs, iters, start=None):
-    """λ_0 = start (else the prior, as in training), ..., λ_K of the network: (iters + 1, trials, n, 2, action_dim)."""
+    """λ_0 = start (by default the prior), ..., λ_K of the network: (iters + 1, trials, n, 2, action_dim)."""
     trace = [agent.prior.expand(*obs.shape[:2], -1, -1) if start is None else start]
     for _ in range(iters):
         grad = gradient(agent, obs, trace[-1])[0] if agent.iterative else None
@@ -101,7 +101,7 @@ def learned(agent, obs, iters, start=None):
 
 
 def adam(agent, obs, start, steps, rate, noise=None):
-    """λ_0, ..., λ_steps of Adam on the λ of each state (as `learned`), and J̃ on the noise it climbed, fresh by default."""
+    """λ_0, ..., λ_steps (as `learned`) of Adam on the λ of each state, and J̃ on the noise it climbed."""
     params, trace, values = start.clone(), [], []
     opt = torch.optim.Adam([params], rate)
     for _ in range(steps + 1):
@@ -128,7 +128,7 @@ def cem(agent, obs, start, steps, population, elites, noise=None):
         shape = (obs.shape[0], population, *start.shape[1:])  # (trials, population, n, 2, action_dim)
         candidates = mean.unsqueeze(1) + std.unsqueeze(1) * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         candidates[..., 1, :].clamp_(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)
-        drawn = agent.noise(obs, agent.args.action_samples) if noise is None else noise  # candidates differ in λ alone
+        drawn = agent.noise(obs, agent.args.action_samples) if noise is None else noise  # one for all candidates
         flat = obs.repeat(1, population, 1), candidates.flatten(1, 2), drawn.repeat(1, 1, population, 1)
         index = estimate(agent, *flat).unflatten(1, shape[1:3]).topk(elites, 1).indices  # (trials, elites, n)
         chosen = candidates.gather(1, index[..., None, None].expand(-1, -1, -1, *start.shape[2:]))
@@ -138,8 +138,8 @@ def cem(agent, obs, start, steps, population, elites, noise=None):
 
 
 def distinct_modes(actions, values, distance):
-    """Greedily from the best J̃ (n,): the ends that lie further than `distance` from every better one in some dimension of
-    tanh μ (n, action_dim). Returns their indices, each with the number of ends nearest to it."""
+    """Greedily from the best J̃ (n,): the ends that lie further than `distance` from every mode before them in some
+    dimension of tanh μ (n, action_dim). Returns their indices, each with the number of ends nearest to it."""
     found = []
     for i in values.argsort(descending=True).tolist():
         if all((actions[i] - actions[j]).abs().max() > distance for j in found):
@@ -161,14 +161,15 @@ def saved_flags(run, flag="--run"):
         refuse(f"{flag} {run or '(none)'}: no args.json, metrics.csv and checkpoint.pt of {SCRIPT.name} there")
 
 
-def open_run(run, device):
-    """Agent, flags and replay buffer of a run directory, on any device."""
+def open_run(run, device, seed):
+    """Agent, flags and replay buffer of a run directory, on any device; inference draws its noise from the seed."""
     saved = dataclasses.replace(saved_flags(run), device=device, compile=False)
     envs = SAC.make_envs(saved.env_id, 1)
     sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = SAC.Agent(saved, *sizes)
     buffer = SAC.ReplayBuffer(saved.trials, min(saved.buffer_size, saved.total_steps), *sizes, device)
     SAC.load(Path(run) / "checkpoint.pt", saved, agent, (buffer,))
+    torch.manual_seed(seed)  # after the checkpoint's own random state
     return agent, saved, buffer
 
 
@@ -201,8 +202,8 @@ def roll_out(agent, saved, episodes, iters):
 
 
 def wall_clock(metrics):
-    """Step -> hours of a run, from the rows (step, metric, value) of its metrics.csv. time/sps is the speed since the row
-    before, evaluation and checkpoints included; it counts for the whole interval, also where a resume cut it short."""
+    """Step -> hours of a run, from the rows (step, metric, value) of its metrics.csv. time/sps is the speed since the
+    row before, with evaluation and checkpoints; it counts for the whole interval, also where a resume cut it short."""
     speed = dict(sorted((step, value) for step, metric, value in metrics if metric == "time/sps"))
     steps, rate = np.array([0, *speed]), np.array([*speed.values()])
     hours = np.concatenate([[0], (np.diff(steps) / rate).cumsum()]) / 3600
@@ -219,8 +220,8 @@ def moments(name, values):
 
 
 def pooled(rows, by, name, within=True):
-    """The distinct values of `by` in the rows (one per trial); mean and standard deviation of `name` over all states and
-    trials, or, without the spread within the trials, over the trials."""
+    """The distinct values of `by` in the rows (one per trial); mean and standard deviation of `name` over all states
+    and trials, or, without the spread within the trials, over the trials."""
     groups = defaultdict(list)
     for row in rows:
         groups[float(row[by])].append((float(row[name]), float(row.get(f"{name}_std", 0)) * within))
@@ -261,7 +262,7 @@ class OnRun(Experiment):
 
 @dataclasses.dataclass
 class Improvement(OnRun):
-    """Figure 2: J̃(λ_k) in the states of some episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1)."""
+    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1)."""
 
     iters: int = 10  # K
     episodes: int = 5  # per trial
@@ -269,13 +270,14 @@ class Improvement(OnRun):
     name = "fig2"
 
     def measure(self):
-        agent, saved, _ = open_run(self.run, self.device)
+        agent, saved, _ = open_run(self.run, self.device, self.seed)
         if not agent.iterative:
             refuse(f"--run {self.run}: its inference is direct, there is nothing to iterate")
         returns, states, running = roll_out(agent, saved, self.episodes, self.iters)
         met = running.sum((1, 2))  # (trials,)
         places = np.linspace(0, met - 1, min(self.states, met.min())).round().astype(int).T  # (trials, n)
-        obs = torch.stack([s[torch.as_tensor(r)][p] for s, r, p in zip(states, running, places)])  # (trials, n, obs_dim)
+        obs = [state[torch.as_tensor(run)][place] for state, run, place in zip(states, running, places)]
+        obs = torch.stack(obs)  # (trials, n, obs_dim)
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
         value = torch.stack([estimate(agent, obs, params, noise) for params in learned(agent, obs, self.iters)])
         for k, trial in itertools.product(range(self.iters + 1), range(saved.trials)):
@@ -296,8 +298,8 @@ class Improvement(OnRun):
 
 @dataclasses.dataclass
 class Curves(Experiment):
-    """Figure 3b: evaluation return against steps and against wall-clock, over the trials; runs of one label count as more
-    trials. A run's clock is that of all its trials side by side, and of whatever else kept the machine busy."""
+    """Figure 3b: evaluation return against steps and against wall-clock, over the trials; runs of one label count as
+    more trials. A run's clock is that of all its trials side by side, and of whatever else kept the machine busy."""
 
     runs: tuple[str, ...] = ()  # run directories
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
@@ -314,13 +316,14 @@ class Curves(Experiment):
     def measure(self):
         read = lambda run: [(int(row["step"]), row["metric"], float(row["value"]), int(row["trial"]))
                             for row in csv.DictReader((Path(run) / "metrics.csv").open())]
-        tables, trials = {run: read(run) for run in self.runs}, defaultdict(int)
-        for run, table in tables.items():
+        tables, trials = [read(run) for run in self.runs], defaultdict(int)
+        for run, table in zip(self.runs, tables):
             if not {"time/sps", "eval/return"} <= {metric for _, metric, *_ in table}:
                 refuse(f"--runs {run}: too short, no time/sps or no eval/return in its metrics.csv")
-        for (run, table), label in zip(tables.items(), self.labels or [Path(run).name for run in self.runs]):
-            hours, steps = wall_clock([row[:3] for row in table]), sorted({s for s, m, *_ in table if m == "eval/return"})
-            keep, first = {*steps[:: max(1, len(steps) // 100)], steps[-1]}, trials[label]
+        for table, label in zip(tables, self.labels or [Path(run).name for run in self.runs]):
+            hours, first = wall_clock([row[:3] for row in table]), trials[label]
+            steps = sorted({step for step, metric, *_ in table if metric == "eval/return"})
+            keep = {*steps[:: max(1, len(steps) // 100)], steps[-1]}
             for step, metric, value, trial in table:
                 if metric == "eval/return" and step in keep:
                     trials[label] = max(trials[label], first + trial + 1)
@@ -342,8 +345,8 @@ class Curves(Experiment):
 
 @dataclasses.dataclass
 class Gap(Experiment):
-    """Amortization gap along training: the best J̃ that Adam finds for each state, less J̃(λ_K) of the network. Trains one
-    run per mode in equal pieces, and measures the gap after each, on states of its replay buffer."""
+    """Amortization gap along training: the best J̃ that Adam finds for each state, less J̃(λ_K) of the network. Trains
+    one run per mode in equal pieces, and measures the gap after each, on states of its replay buffer."""
 
     modes: tuple[Literal["direct", "iterative"], ...] = ("direct", "iterative")  # each trained with the same flags
     flags: str = ""  # more flags of sac_iterative.py: --flags="--env-id Pendulum-v1 --trials 3"
@@ -378,31 +381,33 @@ class Gap(Experiment):
     def measure(self):
         for mode, piece in itertools.product(self.modes, range(1, self.pieces + 1)):
             run, steps = f"{self.run_dir}/{mode}", self.total_steps * piece // self.pieces
-            begun = ["--resume", run] if piece > 1 else ["--run-dir", run, "--inference", mode, *shlex.split(self.flags)]
-            command = [sys.executable, str(SCRIPT), "--total-steps", str(steps), *begun]
+            begin = ["--run-dir", run, "--inference", mode, *shlex.split(self.flags)]
+            flags = ["--total-steps", str(steps), *(begin if piece == 1 else ["--resume", run])]
+            command = [sys.executable, str(SCRIPT), *flags]
             if code := subprocess.run(command).returncode:
                 sys.exit(code)  # the script has said why
-            agent, saved, buffer = open_run(run, self.device)
-            torch.manual_seed(self.seed)
+            agent, saved, buffer = open_run(run, self.device, self.seed)
             measured = self.at(agent, buffer_states(buffer, self.states, self.seed))
             for trial in range(saved.trials):
                 now = {name: value[trial] for name, value in measured.items()}  # (n,) each
-                share = lambda on: (now[f"gap{on}"].mean() / (now[f"best{on}"] - now[f"prior{on}"]).mean()).item()
+                # At most 1, where the network is no better than λ_0: early on there is little to gain.
+                possible = max((now["best"] - now["prior"]).mean().item(), now["gap"].mean().item(), 1e-9)
                 yield {"mode": mode, "step": steps, "trial": trial, "alpha": agent.log_alpha[trial].exp().item(),
                        **{key: value for name in now for key, value in moments(name, now[name]).items()},
-                       "share": share(""), "share_fresh": share("_fresh")}
+                       **{f"share{on}": now[f"gap{on}"].mean().item() / possible for on in ("", "_fresh")}}
 
     def at(self, agent, obs):
-        """J̃ at λ_0, at λ_K and at Adam's best, and the gap, (trials, n) each: on the noise that Adam climbs, where the gap
-        cannot be negative, and on fresh noise, where Adam has no advantage from having seen the draw."""
+        """J̃ at λ_0, at λ_K and at Adam's best, and the gap, (trials, n) each: on the noise that Adam climbs, where the
+        gap cannot be negative, and on fresh noise, where Adam has no advantage from having seen the draw."""
         noise, fresh = common_noise(obs, 2 * self.samples, agent.prior.shape[-1], self.seed).chunk(2, 1)
         ends = learned(agent, obs, agent.iters)[[0, -1]]  # Adam starts at both
         climbed = [adam(agent, obs, start, self.adam_steps, self.adam_rate, noise) for start in ends]
         found, top = best(*(torch.cat(each) for each in zip(*climbed)))
-        (prior, network), other = (values[0] for _, values in climbed), {"_fresh": fresh}
+        prior, network = (values[0] for _, values in climbed)
         measured = {"prior": prior, "network": network, "best": top, "gap": top - network}
         prior, network, top = (estimate(agent, obs, params, fresh) for params in (*ends, found))
-        return measured | {"prior_fresh": prior, "network_fresh": network, "best_fresh": top, "gap_fresh": top - network}
+        fresh = {"prior": prior, "network": network, "best": top, "gap": top - network}
+        return measured | {f"{name}_fresh": value for name, value in fresh.items()}
 
     def draw(self, rows, figure):
         axes = figure.subplots(1, 2)
@@ -412,9 +417,9 @@ class Gap(Experiment):
                 band(axis, steps, mean, std, marker=".", label=mode)
                 fresh = pooled(group, "step", f"{name}_fresh", within=False)[1]
                 axis.plot(steps, fresh, ":", color=axis.lines[-1].get_color())
-                yield (f"{mode}: {name} at step {steps[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials; "
+                yield (f"{mode}: {name} at step {steps[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials, "
                        f"{fresh[-1]:.4g} on fresh noise")
-        titles = "J̃(Adam's best) − J̃(λ_K)", "… per J̃(Adam's best) − J̃(λ_0)"
+        titles = "J̃(Adam's best) − J̃(λ_K)", "… as a share of what λ_0 misses"
         for axis, title in zip(axes, titles):
             axis.set(title=f"{title}; dotted: fresh noise", xlabel="environment steps per trial")
         axes[0].legend(fontsize=8)
@@ -430,7 +435,7 @@ class Iterations(OnRun):
     name = "iterations"
 
     def measure(self):
-        agent, saved, buffer = open_run(self.run, self.device)
+        agent, saved, buffer = open_run(self.run, self.device, self.seed)
         obs = buffer_states(buffer, self.states, self.seed)
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
         trace = learned(agent, obs, max(self.iters))
@@ -454,9 +459,9 @@ class Iterations(OnRun):
 
 @dataclasses.dataclass
 class Landscape(OnRun):
-    """J̃ over two dimensions of λ for one state of the replay buffer, the others at λ_K from the prior; λ_0, ..., λ_K from
-    the prior and from random means, projected on the two; and the distinct modes where the network and Adam end from these
-    starts. Of the starts the network has met only the prior in training."""
+    """J̃ over two dimensions of λ for one state of the replay buffer, the others at λ_K from the prior; λ_0, ..., λ_K
+    from the prior and from random means, projected on the two; and the distinct modes where the network and Adam end
+    from these starts, of which the network has met only the prior in training."""
 
     dims: tuple[int, int] = (0, 1)  # axes: action means counted from 0; beyond them log σ, so that 0 1 suits one action
     trial: int = 0  # whose agent
@@ -471,7 +476,7 @@ class Landscape(OnRun):
     name = "landscape"
 
     def measure(self):
-        agent, saved, buffer = open_run(self.run, self.device)
+        agent, saved, buffer = open_run(self.run, self.device, self.seed)
         size = agent.prior.shape[-1]
         if self.dims[0] == self.dims[1] or max(self.dims) >= 2 * size:
             refuse(f"--dims {self.dims[0]} {self.dims[1]}: two different ones below {2 * size}")
@@ -480,7 +485,7 @@ class Landscape(OnRun):
         only_trial(agent, self.trial)
         obs = buffer_states(buffer, self.state + 1, self.seed)[self.trial, self.state].view(1, 1, -1)
         noise = common_noise(obs, self.samples, size, self.seed)
-        obs_of, noise_of = lambda n: obs.expand(-1, n, -1), lambda n: noise.expand(-1, -1, n, -1)  # alike for all points
+        obs_of, noise_of = lambda n: obs.expand(-1, n, -1), lambda n: noise.expand(-1, -1, n, -1)  # the same n times
         start = agent.prior.repeat(1, self.starts, 1, 1)
         uniform = torch.rand(self.starts - 1, size, generator=torch.Generator().manual_seed(self.seed))
         start[0, 1:, 0] = (0.95 * (2 * uniform - 1)).atanh().to(obs)
@@ -496,14 +501,12 @@ class Landscape(OnRun):
                 yield {"kind": kind, "x_axis": names[0], "y_axis": names[1],
                        **dict(zip(("start", "k", "x", "y", "objective"), row))}
 
-        ends = [(0.99 * torch.tensor([-1.0, 1.0])).atanh() if d < size else torch.tensor([SAC.LOG_STD_MIN, SAC.LOG_STD_MAX])
-                for d in self.dims]
-        places = [torch.linspace(*(end.tanh() if d < size else end).tolist(), self.grid) for d, end in zip(self.dims, ends)]
-        points = trace[-1, 0, :1].flatten(-2).repeat(self.grid**2, 1)
-        for d, place in zip(self.dims, torch.meshgrid(*places, indexing="ij")):
+        limits = [(-0.99, 0.99) if d < size else (SAC.LOG_STD_MIN, SAC.LOG_STD_MAX) for d in self.dims]
+        places = torch.meshgrid(*(torch.linspace(*limit, self.grid) for limit in limits), indexing="ij")
+        points = trace[-1, 0, :1].flatten(-2).repeat(self.grid**2, 1)  # (grid², 2 * action_dim)
+        for d, place in zip(self.dims, places):
             points[:, d] = (place.atanh() if d < size else place).flatten().to(points)
-        points = points.view(1, -1, 2, size)
-        n = points.shape[1]
+        points, n = points.view(1, -1, 2, size), self.grid**2
         over = estimate(agent, obs_of(n), points, noise_of(n))[0]
         yield from rows("grid", itertools.repeat(0), itertools.repeat(0), points[0], over)
         for i in range(min(self.paths, self.starts)):
@@ -511,7 +514,7 @@ class Landscape(OnRun):
         climbed = adam(agent, obs_of(self.starts), start, self.adam_steps, self.adam_rate, noise_of(self.starts))
         for kind, (params, top) in {"network": (trace[-1], value[-1]), "adam": best(*climbed)}.items():
             modes = distinct_modes(params[0, :, 0].tanh(), top[0], self.distance)
-            yield from rows(kind, modes, modes.values(), params[0, [*modes]], top[0, [*modes]])  # k: ends nearest to it
+            yield from rows(kind, modes, modes.values(), params[0, [*modes]], top[0, [*modes]])  # k: ends nearby
 
     def draw(self, rows, figure):
         kinds, axis = split(rows, "kind"), figure.subplots()
@@ -521,7 +524,8 @@ class Landscape(OnRun):
         figure.colorbar(axis.contourf(x.reshape(shape), y.reshape(shape), z.reshape(shape), levels=40), label="J̃")
         for start, path in split(kinds["path"], "start").items():
             axis.plot(*columns(path, "x", "y"), ".-", color="white" if start == "0" else f"C{start}", linewidth=1)
-        for kind, style in (("network", {"facecolors": "none", "edgecolors": "red"}), ("adam", {"marker": "x", "color": "red"})):
+        styles = {"network": {"facecolors": "none", "edgecolors": "red"}, "adam": {"marker": "x", "color": "red"}}
+        for kind, style in styles.items():
             modes = kinds[kind]
             axis.scatter(*columns(modes, "x", "y"), s=60, zorder=3, label=f"{kind}: {len(modes)} mode(s)", **style)
             found = ", ".join(f"{float(row['objective']):.4g} (nearest to {row['k']} starts)" for row in modes[:8])
@@ -532,8 +536,8 @@ class Landscape(OnRun):
 
 @dataclasses.dataclass
 class Optimizers(OnRun):
-    """J̃ of the learned optimizer, of Adam and of CEM on the same states, all from the prior, all climbing fresh noise of as many
-    actions as in training. A gradient counts as two judged actions for its pass back."""
+    """J̃ of the learned optimizer, of Adam and of CEM on the same states, all from the prior and with fresh noise of as
+    many actions as in training at each iteration. A gradient counts as two judged actions, for its pass back."""
 
     iters: int = 20  # K
     states: int = 200  # per trial
@@ -545,7 +549,7 @@ class Optimizers(OnRun):
     def measure(self):
         if not 2 <= self.elites <= self.population:
             refuse(f"--elites {self.elites}: allowed are values from 2 to --population {self.population}")
-        agent, saved, buffer = open_run(self.run, self.device)
+        agent, saved, buffer = open_run(self.run, self.device, self.seed)
         obs = buffer_states(buffer, self.states, self.seed)
         start, cost = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * saved.action_samples
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
@@ -587,7 +591,7 @@ def check(args):
                 refuse(f"{flag} {number}: must be {'at least 0' if low == 0 else 'above 0'} and below 2^31")
         if value == () and field.name in ("iters", "adam_rates"):
             refuse(f"{flag}: name at least one")
-    if args.from_csv and not (args.out and (HERE / "results" / f"{args.out}.csv").is_file()):
+    if args.from_csv and not (HERE / "results" / f"{args.out}.csv").is_file():
         refuse("--from-csv: name with --out one of the tables among the results")
     if "/" in args.out:
         refuse(f"--out {args.out}: a name without folders")
@@ -604,14 +608,14 @@ def main(args):
         args.out = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
     table = HERE / "results" / f"{args.out}.csv"
     if not args.from_csv:
-        torch.manual_seed(getattr(args, "seed", 0))
         rows, partial = args.measure(), table.with_suffix(".partial")
         row = next(rows)
-        with partial.open("w", newline="", buffering=1) as file:  # a long experiment that is cut short leaves what it has
+        short = lambda value: f"{value:.6g}" if isinstance(value, float) else value
+        with partial.open("w", newline="", buffering=1) as file:  # what is cut short leaves what it has
             writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
             writer.writeheader()
             for row in itertools.chain([row], rows):
-                writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+                writer.writerow({key: short(value) for key, value in row.items()})
         partial.replace(table)
     rows = [*csv.DictReader(table.open())]
     figure, picture = Figure(figsize=(10, 3.6), layout="constrained"), HERE / "figures" / f"{args.out}.png"
