@@ -1,0 +1,110 @@
+"""What an update must be, to be captured or compiled: tensors in, tensors out, no value read by the host on the way."""
+
+import pytest
+import torch
+from conftest import load_script
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SCRIPTS = {name.split("/")[-1]: load_script(name)
+           for name in ("beta_vmbpo", "vmbpo", "baselines/mbpo", "sac_iterative", "active_vem")}
+SMALL = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "updates_per_step": 2,
+         "batch_size": 16, "rollouts": 40, "model_buffer_size": 100, "min_first_batches": 2, "min_batches": 2,
+         "action_samples": 3, "windows": 4, "window_length": 5, "device": "cpu"}
+SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a value, or a shape that hangs on values, would have to come from the device to the host."""
+
+    def __enter__(self):
+        def read(tensor, *_):
+            raise AssertionError("a tensor goes to the host")
+
+        self.patch = pytest.MonkeyPatch()
+        for method in ("cpu", "numpy", "tolist"):  # on the CPU these are no operations that could be seen
+            self.patch.setattr(torch.Tensor, method, read)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in SYNCS or name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            raise AssertionError(f"{name} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def agent_and_buffers(name, **flags):
+    """A small agent of the script with filled buffers: what its main has when it begins to learn."""
+    script, trials = SCRIPTS[name], 2
+    known = {key: value for key, value in (SMALL | flags).items() if key in script.Args.__annotations__}
+    args = script.Args(trials=trials, **known)
+    agent = script.Agent(args, 3, 2)
+    obs, action, one = torch.randn(trials, 60, 3), torch.rand(trials, 60, 2) * 2 - 1, torch.rand(trials, 60, 1)
+    columns = [obs, action, one, obs + 0.1, (one > 0.9).float()]
+    if name == "active_vem":
+        buffer = script.EpisodeBuffer(trials, 100, 3, 2, agent.latent_dim, "cpu")
+        for i in range(60):
+            buffer.add(*(column[:, i : i + 1] for column in columns), *agent.begin(1), torch.full((trials, 1, 1), i % 20))
+        return agent, (buffer,)
+    buffers = [script.ReplayBuffer(trials, 100, 3, 2, "cpu") for _ in range(1 if name == "sac_iterative" else 2)]
+    for buffer in buffers:
+        buffer.add(*columns, *[torch.zeros_like(one)] * (len(buffer.widths) - 5))
+    if name != "sac_iterative":
+        agent.fit_model(buffers[0])
+    return agent, buffers
+
+
+VARIANTS = [*((name, {}) for name in SCRIPTS), ("sac_iterative", {"inference": "direct", "prior": "uniform"}),
+            ("sac_iterative", {"input_norm": "layer", "alpha_target": "kl"}), ("beta_vmbpo", {"prior_interval": 2}),
+            ("beta_vmbpo", {"log_ratio_in_critic": True}), ("active_vem", {"agent": "discriminative"}),
+            ("active_vem", {"marginal_weight": 0.5, "info_weight": 0.1, "marginal_anneal_steps": 10})]
+
+
+@pytest.mark.parametrize("name, flags", VARIANTS, ids=str)
+def test_no_update_waits_for_the_device(name, flags):
+    agent, buffers = agent_and_buffers(name, **flags)
+    step = [1] if name in ("beta_vmbpo", "vmbpo") else []
+    with NoHostReads():
+        agent.learn(*buffers, *step)
+        if name == "beta_vmbpo":
+            agent.update_beta()
+        if hasattr(agent, "imagine"):
+            agent.imagine(*buffers, 0)
+            batch = buffers[0].storage[None].expand(3, -1, -1, -1)[:, :, :16].split(buffers[0].widths, -1)
+            agent.model_loss(batch, *([] if name == "mbpo" else [torch.ones(3, 2, 16, 1)])).backward()
+
+
+def test_host_reads_are_seen():
+    x = torch.rand(3)
+    for read in (lambda: x[0].item(), lambda: float(x.sum()), lambda: bool((x > 0).all()), lambda: x[x > 0.5],
+                 lambda: x.tolist(), lambda: x.cpu()):
+        with pytest.raises(AssertionError, match="host"), NoHostReads():
+            read()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_critic_loss_compiles_in_one_graph(name):
+    """Forward and backward under torch.compile, without a break and with eager's numbers."""
+    agent, _ = agent_and_buffers(name)
+    obs = torch.randn(2, 16, agent.latent_dim if name == "active_vem" else 3)
+    columns = [obs, torch.rand(2, 16, 2), torch.randn(2, 16, 1)] + ([torch.ones(2, 16, 1)] if name == "active_vem" else [])
+    eager, _ = agent.critic_loss(*columns)
+    expected = torch.autograd.grad(eager, [*agent.critic.parameters()])
+    compiled, _ = torch.compile(agent.critic_loss, backend="aot_eager", fullgraph=True)(*columns)
+    found = torch.autograd.grad(compiled, [*agent.critic.parameters()])
+    torch.testing.assert_close((compiled, *found), (eager, *expected))
+
+
+@pytest.mark.parametrize("name", ["beta_vmbpo", "vmbpo", "mbpo"])
+def test_model_loss_compiles_in_one_graph(name):
+    agent, buffers = agent_and_buffers(name)
+    batch = buffers[0].storage[None].expand(3, -1, -1, -1)[:, :, :16].split(buffers[0].widths, -1)
+    inputs = [batch] if name == "mbpo" else [batch, torch.rand(3, 2, 16, 1)]
+    eager = agent.model_loss(*inputs)
+    parameters = [*agent.model.parameters(), *agent.terminator.parameters()]
+    expected = torch.autograd.grad(eager, parameters)
+    compiled = torch.compile(agent.model_loss, backend="aot_eager", fullgraph=True)(*inputs)
+    torch.testing.assert_close((compiled, *torch.autograd.grad(compiled, parameters)), (eager, *expected))
