@@ -70,6 +70,7 @@ class Args:
     compile: bool = False  # torch.compile the loss functions
     total_steps: int = 300_000  # environment steps per trial
     learning_starts: int = 5_000  # uniformly random steps before the first update
+    explore_hold: int = 1  # environment steps for which each of those random actions is held
     log_every: int = 250  # environment steps between rows of training metrics
     eval_every: int = 1_000  # environment steps between evaluations
     eval_episodes: int = 5  # episodes per trial and evaluation
@@ -655,13 +656,14 @@ def main(args):
         seconds[paragraph] += clock - before
 
     column = lambda x: torch.as_tensor(x, dtype=torch.float32, device=args.device).view(args.trials, 1, -1)
-    obs, _ = envs.reset(seed=[args.seed + i + start for i in range(args.trials)])
+    restart, (obs, _) = start, envs.reset(seed=[args.seed + i + start for i in range(args.trials)])
     returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
     for step in range(start + 1, args.total_steps + 1):
         # act
-        action = torch.rand(args.trials, 1, action_dim, device=args.device) * 2 - 1
         if step > args.learning_starts:
             action = agent.act(column(obs))
+        elif (step - restart - 1) % args.explore_hold == 0:
+            action = torch.rand(args.trials, 1, action_dim, device=args.device) * 2 - 1
         next_obs, reward, terminated, truncated, infos = envs.step(action[:, 0].cpu().numpy())
         lap("environment")
 
@@ -713,7 +715,7 @@ def main(args):
             return 1
         if saves:
             save(run_dir / "checkpoint.pt", args, step, agent, (buffer, model_buffer))
-            obs, _ = envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as a resumed run does
+            restart, (obs, _) = step, envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as resumed
             returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
             logger.draw(args.env_id)
             lap("save")

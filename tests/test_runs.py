@@ -261,6 +261,14 @@ def test_rows_of_the_buffer_against_a_counter(name):
         assert logged["eval/return", 40] == 28 and logged["eval/length", 40] == 7
 
 
+@every_script
+def test_random_actions_are_held(name):
+    """For three steps each, and drawn anew after the checkpoint at step 10, where a resumed run begins."""
+    args = run(name, env_id="tiny_envs:Counter-v0", explore_hold=3, save_every=10, run_dir="run").args
+    actions = checkpoint(args.run_dir)["buffers"][0]["storage"][0, :40, 2]
+    assert [step for step in range(1, 20) if actions[step] != actions[step - 1]] == [3, 6, 9, 10, 13, 16, 19]
+
+
 @model_based
 def test_dictionary_observations_and_known_termination(name):
     args = run(name, env_id="tiny_envs:Dictionary-v0", termination_fn="tiny_envs:ends_above", run_dir="run").args
