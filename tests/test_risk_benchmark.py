@@ -1,0 +1,90 @@
+"""benchmarks/risk.py: the task's numbers, its optimum against a simulation of the policy it implies, the analysis of a run."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_script
+
+RISK = load_script("benchmarks/risk")
+
+
+def test_what_leaving_pays():
+    x, y = np.array([-8.0, 8, 0, 3.5, -7, 0, 7.2]), np.array([0.0, 0, 7.5, -7.1, -8, 0, -7.5])
+    np.testing.assert_allclose(RISK.exit_reward(x, y), [-100, -100, -100, 50, 100, 0, 100])
+
+
+def test_steps_of_the_task():
+    env = RISK.gym.make("RiskyEdge-v0")
+    obs, _ = env.reset(seed=0)
+    assert (obs == 0).all()
+    moves = []
+    for _ in range(6000):
+        next_obs, reward, terminated, truncated, _ = env.step(np.array([0.2, -3.0], np.float32))
+        moves.append(next_obs - obs)
+        assert terminated == (abs(next_obs).max() > 7) and reward == pytest.approx(RISK.exit_reward(*next_obs) - 0.1)
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    np.testing.assert_allclose(np.mean(moves, 0), [0.2, -1.0], atol=0.03)
+    np.testing.assert_allclose(np.std(moves, 0), [0.5, 0.5], atol=0.02)
+
+
+def test_optimum_is_what_its_greedy_policy_earns():
+    """The greedy policy by quadrature over the noise, simulated: its discounted return is the value at the start."""
+    axis, value = RISK.optimum(cell=0.2)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(7)
+    noise = RISK.NOISE * np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2)
+    weight = np.outer(weights, weights).ravel() / weights.sum() ** 2
+    moves = np.stack(np.meshgrid(*[np.linspace(-1, 1, 9)] * 2), -1).reshape(-1, 2)
+    rng, position = np.random.default_rng(0), np.zeros((1500, 2))
+    earned, alive = np.zeros(1500), np.ones(1500, bool)
+    for t in range(100):
+        landing = position[alive, None, None] + moves[:, None] + noise  # (alive, moves, nodes, 2)
+        x, y = landing[..., 0], landing[..., 1]
+        column, row = (np.clip(np.round((z - axis[0]) / 0.2).astype(int), 0, len(axis) - 1) for z in (x, y))
+        inside = np.maximum(abs(x), abs(y)) <= 7
+        worth = np.where(inside, 0.99 * value[row, column], RISK.exit_reward(x, y)) @ weight
+        position[alive] += moves[worth.argmax(1)] + 0.5 * rng.normal(size=(alive.sum(), 2))
+        earned += alive * 0.99**t * (RISK.exit_reward(*position.T) - 0.1)
+        alive &= abs(position).max(1) <= 7
+        if not alive.any():
+            break
+    start = value[len(axis) // 2, len(axis) // 2]
+    assert earned.mean() == pytest.approx(start, abs=4 * earned.std() / 1500**0.5 + 1), (earned.mean(), start)
+
+
+def test_walk_and_edges():
+    """An agent that always goes straight down leaves at the bottom after about seven steps, near x = 0."""
+    down = SimpleNamespace(act=lambda obs, deterministic: torch.tensor([0.0, -1.0]).expand(*obs.shape))
+    returns, paths = RISK.walk(down, 2, 50, seed=0)
+    assert paths.shape == (2, 50, 101, 2) and {RISK.edge(path)[0] for path in paths[0]} == {"bottom"}
+    for path, earned in zip(paths[1], returns[1]):
+        steps = (~np.isnan(path[:, 0])).sum() - 1
+        assert earned == pytest.approx(-0.1 * steps + 100 * RISK.edge(path)[1] / 7)
+
+
+def test_table_of_a_run(tmp_path, monkeypatch, capsys):
+    sac = load_script("sac_iterative")
+    for folder in ("results", "figures"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(RISK, "load_agent", lambda run: (sac.Agent(args, 2, 2), args))
+    monkeypatch.setattr(RISK, "HERE", tmp_path)
+    args = sac.Args(hidden_dim=8, trials=2, action_samples=1, inference="direct", device="cpu")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pt").touch()
+    assert RISK.main(RISK.Args(runs=(str(tmp_path / "run"),), labels=("new",), episodes=5)) == 0
+    rows = list(csv.DictReader((tmp_path / "results/risk.csv").open()))
+    assert [row["trial"] for row in rows] == ["0", "1"] and (tmp_path / "figures/risk.png").exists()
+    assert all(sum(float(row[way]) for way in ("left", "right", "top", "bottom", "nowhere")) == pytest.approx(1) for row in rows)
+    for wrong, named in (({"runs": ()}, "--runs"), ({"runs": ("none",)}, "--runs none"), ({"labels": ()}, "--labels"),
+                         ({"episodes": 0}, "--episodes")):
+        assert RISK.main(RISK.Args(**{"runs": (str(tmp_path / "run"),), "labels": ("new",)} | wrong)) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_the_scripts_find_the_task(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    args = load_script("beta_vmbpo").parse_args(["--env-id", "benchmarks.risk:RiskyEdge-v0", "--run-dir", "none-such"])
+    assert args.env_id == "benchmarks.risk:RiskyEdge-v0"
