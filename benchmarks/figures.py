@@ -9,9 +9,11 @@ writes benchmarks/results/inverted_pendulum.csv (label,step,trial,metric,value) 
 
 import csv
 import dataclasses
+import importlib.util
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -40,6 +42,7 @@ class Args:
     reference: str = ""  # a task whose published MBPO points are drawn behind the return
     budget: float = 0.0  # a line at this KL
     title: str = ""  # above the panels
+    aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials, or interquartile mean and 95 % bootstrap interval
     from_csv: bool = False  # draw from the committed csv
 
 
@@ -58,6 +61,18 @@ def read(args):
     return rows
 
 
+def spread(values, aggregate):
+    """Middle, low and high of values (steps, trials); the interquartile mean and its interval are rliable's."""
+    if aggregate == "mean":
+        return values.mean(1), values.mean(1) - values.std(1), values.mean(1) + values.std(1)
+    from rliable import library, metrics
+
+    iqm = lambda scores: np.array([metrics.aggregate_iqm(scores[..., i]) for i in range(scores.shape[-1])])
+    scores = {"": values.T[:, None]}  # (trials, tasks, steps)
+    middle, interval = library.get_interval_estimates(scores, iqm, reps=500, random_state=np.random.RandomState(0))
+    return middle[""], *interval[""]
+
+
 def draw(args, rows, path):
     columns = min(3, len(args.metrics))
     lines = -(-len(args.metrics) // columns)
@@ -73,10 +88,9 @@ def draw(args, rows, path):
                 continue
             steps, values = list(curve), np.array(list(curve.values()))  # (steps, trials)
             if metric in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
-                logs = np.log(np.maximum(values, 1e-8))
-                mean, low, high = np.exp(logs.mean(1)), np.exp(logs.mean(1) - logs.std(1)), np.exp(logs.mean(1) + logs.std(1))
+                mean, low, high = (np.exp(x) for x in spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
             else:
-                mean, low, high = values.mean(1), values.mean(1) - values.std(1), values.mean(1) + values.std(1)
+                mean, low, high = spread(values, args.aggregate)
             axis.plot(steps, mean, color=f"C{i}", label=label)
             axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         if metric in LOG_METRICS:
@@ -104,6 +118,8 @@ def main(args):
         (not args.from_csv and not args.runs, "--runs: name at least one run directory, or use --from-csv"),
         (args.from_csv and not table.is_file(), f"--from-csv: there is no {table.name} among the results"),
         (args.labels and len(args.labels) != len(args.runs), "--labels: one per run"),
+        (args.aggregate == "iqm" and not importlib.util.find_spec("rliable"),
+         "--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)"),
         (args.reference and args.reference not in PUBLISHED, f"--reference {args.reference}: known are {', '.join(PUBLISHED)}"),
     ):
         if refused:

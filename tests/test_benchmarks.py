@@ -3,6 +3,7 @@
 import csv
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, load_script
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,6 +50,17 @@ def test_figures_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     assert FIGURES.main(FIGURES.Args(name="made_up", **flags)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and named in lines[0] and not list((here / "results").iterdir())
+
+
+def test_spread_over_trials(monkeypatch):
+    """Mean and standard deviation; the interquartile mean of eight trials is the mean of the middle four."""
+    values = np.random.default_rng(0).normal(size=(3, 8)) + np.arange(3)[:, None]
+    middle, low, high = FIGURES.spread(values, "mean")
+    np.testing.assert_allclose([middle, high - low], [values.mean(1), 2 * values.std(1)])
+    pytest.importorskip("rliable", reason="see benchmarks/requirements.txt")
+    middle, low, high = FIGURES.spread(values, "iqm")
+    np.testing.assert_allclose(middle, np.sort(values, 1)[:, 2:6].mean(1))
+    assert (low < middle).all() and (middle < high).all()
 
 
 def test_committed_results_are_small_and_draw(here):
