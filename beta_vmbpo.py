@@ -497,7 +497,7 @@ class Agent(nn.Module):
         horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (args.horizon, args.max_horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
         for _ in range(horizon):
-            action = self.actor.sample(obs)[0]
+            action = torch.cat([self.actor.sample(o)[0] for o in obs.split(10_000, 1)], 1)  # for smaller temporaries
             next_obs, reward, terminated, log_ratio = self.predict(obs, action)
             model_buffer.add(obs, action, reward, next_obs, terminated, log_ratio)
             if horizon > 1:  # a branch that ended starts again from a replayed state
