@@ -14,15 +14,15 @@ within ε nats of p.
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12), which have neither. `--termination-fn`: known rule.
- 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate fall
-    to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and so do
-    two that Adam leaves at a constant rate: with that floor above ε no β meets it, β runs to its clamp and the method
-    silently is MBPO. `--posterior-init own`: q keeps its own parameters; `--no-model-lr-decay`: a constant rate.
+ 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate
+    fall to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and
+    so do two that Adam leaves at a constant rate: with that floor above ε no β meets it, β runs to its clamp and the
+    method silently is MBPO. `--posterior-init own`: q keeps its own; `--no-model-lr-decay`: a constant rate.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
- 5. log β += lr · clip(log(KL/ε)/8, ±1) has the sign and the fixed point of gradient descent on (9). The KL falls about as
-    1/β² and scatters over orders of magnitude from fit to fit: steps in its logarithm settle, where a step of KL − ε
+ 5. log β += lr · clip(log(KL/ε)/8, ±1) has the sign and the fixed point of gradient descent on (9). The KL falls about
+    as 1/β² and scatters over orders of magnitude from fit to fit: steps in its logarithm settle, where a step of KL − ε
     swings β by a factor of two at each fit. `--dual-step adam`: Adam on (9).
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
@@ -70,7 +70,7 @@ warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId for your own; dm_control/walker-walk-v0
+    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
     seed: int = 1  # trial i uses environment seed + i
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...

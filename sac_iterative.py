@@ -66,7 +66,7 @@ warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"  # gymnasium task with Box actions; module:EnvId for your own; dm_control/walker-walk-v0
+    env_id: str = "HalfCheetah-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
     seed: int = 1  # trial i uses environment seed + i
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
@@ -369,7 +369,8 @@ class Agent(nn.Module):
         used = [*zip(trace, measured)][1 if self.args.loss == "mean" else -1 :]
         loss = -sum((params * grad).sum((-2, -1)).mean(-1).sum() for params, (grad, *_) in used) / len(used)
 
-        log_prob, gaussian = self.log_prob(trace[-1].detach(), noise), self.args.prior == "gaussian"
+        gaussian = self.args.prior == "gaussian"
+        log_prob = self.log_prob(trace[-1].detach(), noise) if gaussian else kl
         excess = log_prob + self.target_entropy
         if self.args.alpha_target == "kl":  # as far from the prior as the target entropy is from uniform
             excess = kl + self.target_entropy - self.uniform_kl * gaussian

@@ -12,9 +12,9 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12), which have neither. `--termination-fn`: known rule.
- 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate fall
-    to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and so do
-    two that Adam leaves at a constant rate. `--posterior-init own`, `--no-model-lr-decay`: as it was.
+ 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate
+    fall to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and
+    so do two that Adam leaves at a constant rate. `--posterior-init own`, `--no-model-lr-decay`: as it was.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
     averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
@@ -25,6 +25,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
     each update the KL in (13) has gradient zero: it is computed only when `--prior-interval` is above 1.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
     minibatches in the first fit, 100 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
+ 9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
 
     python vmbpo.py --env-id Walker2d-v4
     python vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
@@ -63,7 +64,7 @@ warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId for your own; dm_control/walker-walk-v0
+    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
     seed: int = 1  # trial i uses environment seed + i
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
@@ -110,7 +111,7 @@ class Args:
     horizon_from: int = 20_000  # environment step at which the horizon begins to grow
     horizon_until: int = 150_000  # environment step at which it has grown, linearly, to max_horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
-    beta: float = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, inf is MBPO
+    beta: float = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, inf is MBPO, < 0 is averse
     posterior_init: Literal["prior", "own"] = "prior"  # where q starts at each fit: at p, or where it ended
     kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from the critic's target
@@ -118,7 +119,7 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
-         "tau": (0, 1), "real_ratio": (0, 1)}  # else counts from 1, numbers above 0
+         "tau": (0, 1), "real_ratio": (0, 1), "beta": (-math.inf, math.inf)}  # else counts from 1, numbers above 0
 RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
              "resume", "evaluate", "capture_video"}
 
@@ -155,6 +156,7 @@ def parse_args(argv=None):
         ("rollouts", args.rollouts > args.model_buffer_size, "must be at most --model-buffer-size"),
         ("max_horizon", args.max_horizon < args.horizon, "must be at least --horizon"),
         ("horizon_until", args.horizon_until <= args.horizon_from, "must be above --horizon-from"),
+        ("beta", args.beta == 0 or args.beta < 0 and args.prior_interval > 1, "not 0; if below, --prior-interval 1"),
         ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
         ("wandb", args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "needs the package wandb"),
         ("run_dir", not source and args.run_dir and Path(args.run_dir).exists(), "exists already"),

@@ -51,7 +51,7 @@ warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId for your own; dm_control/walker-walk-v0
+    env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
     seed: int = 1  # trial i uses environment seed + i
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...

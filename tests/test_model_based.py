@@ -72,11 +72,11 @@ def tilted(script, k, mean, std, beta, trials=1, **flags):
     return agent, buffer
 
 
-@pytest.mark.parametrize("beta", [2.0, 4.0])
-def test_gaussian_tilting(beta):
-    """q ∝ p exp(k s'/β) with p = N(m, s²) is N(m + k s²/β, s²), and KL(q‖p) = (k s/β)²/2."""
+@pytest.mark.parametrize("script, beta", [(BETA, 2.0), (BETA, 4.0), (VMBPO, -2.0)], ids=["2", "4", "averse"])
+def test_gaussian_tilting(script, beta):
+    """q ∝ p exp(k s'/β) with p = N(m, s²) is N(m + k s²/β, s²), and KL(q‖p) = (k s/β)²/2; β < 0 tilts to low values."""
     k, mean, std = 1.5, 0.7, 0.8
-    agent, buffer = tilted(BETA, k, mean, std, beta)
+    agent, buffer = tilted(script, k, mean, std, beta)
     metrics = agent.fit_model(buffer)
     normal_mean, log_var = agent.moments(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))
     fitted_mean = agent.targets.inverse(normal_mean)[..., 0].mean((1, 2, 3))
