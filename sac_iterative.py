@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs a quarter of an iterative update
+if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
     ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**25)  # thresholds of trimming and of mmap
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
 
