@@ -429,6 +429,9 @@ class Agent(nn.Module):
         self.critic = StackedMLP((2, trials), (z + a, args.hidden_dim, args.hidden_dim, 1))
         self.critic_target = StackedMLP((2, trials), (z + a, args.hidden_dim, args.hidden_dim, 1))
         self.critic_target.load_state_dict(self.critic.state_dict())
+        seen_by = [self.actor, self.prior_actor, self.critic, self.critic_target] if self.memoryless else (
+            [self.latent_posterior] if self.generative else [self.latent_posterior, self.latent_prior])
+        self.readers = [(net, slice(None, z) if self.memoryless else slice(z + a, None)) for net in seen_by]
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
         per_dimension, self.mix = (0.5, args.prior_mix) if args.action_prior == "learned" else (1.2, 1.0)
         self.kl_target = per_dimension * a if args.kl_target is None else args.kl_target
@@ -708,10 +711,33 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fit_scales(self, buffer):
-        """Mean and standard deviation of what has been seen, and whether any episode has ended."""
+        """Mean and standard deviation of what has been seen, and whether any episode has ended.
+
+        A later fit changes no output in the task's units: whatever reads or predicts percepts, and whatever counts in
+        scaled reward, is rescaled with them. Else it would throw a model as precise as (8) makes it off by many nats.
+        """
         _, _, reward, next_obs, terminated, *_ = buffer.storage[:, : int(buffer.count)].split(buffer.widths, -1)
-        self.percepts.fit(next_obs, reward)
         self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+        mean, std = self.percepts.mean.clone(), self.percepts.std.clone()
+        self.percepts.fit(next_obs, reward)
+        if self.updates == 0:
+            return
+        ratio, shift = self.percepts.std / std, (self.percepts.mean - mean) / std  # old = ratio * new + shift
+        for net, columns in self.readers:
+            weight = net.layers[0].weight[..., columns, :]  # (*stack, percept or observation, hidden)
+            net.layers[0].bias += shift[..., : weight.shape[-2]] @ weight
+            weight *= ratio[..., : weight.shape[-2]].mT
+        if self.generative:
+            out = self.decoder.layers[-1]
+            out.weight[..., :-1] /= ratio
+            out.bias[..., :-1] = (out.bias[..., :-1] - shift) / ratio
+            self.log_scale.sub_(ratio.log()).clamp_(LOG_STD_MIN, LOG_STD_MAX)
+        reward_ratio = ratio[..., -1:]
+        for critic in (self.critic, self.critic_target):
+            critic.layers[-1].weight /= reward_ratio
+            critic.layers[-1].bias /= reward_ratio
+        if not self.args.alpha:
+            self.log_alpha -= reward_ratio.log()
 
     def learn(self, buffer, updates=1):
         """A number of updates on replayed windows; returns metrics, each (trials,)."""

@@ -444,6 +444,57 @@ def test_online_filter_is_batch_inference():
         torch.testing.assert_close(latent, batch[:, t])
 
 
+@pytest.mark.parametrize("kind", AGENTS)
+def test_later_scales_change_no_output_in_the_units_of_the_task(kind):
+    """Latent state, density of a percept, value and α in units of reward, and what is done, before and after a fit."""
+    agent = build(agent=kind, trials=2).double()
+    fill(agent)
+    for parameter in agent.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    torch.manual_seed(0)
+    random = lambda width: torch.randn(2, 7, width, dtype=torch.float64)
+    before, action, obs, reward, noise = (random(n) for n in (agent.latent_dim, 1, 2, 1, agent.latent_dim))
+
+    def outputs():
+        percept, unit = agent.percepts(torch.cat([obs, reward], -1)), agent.percepts.std[..., -1:]
+        latent = agent.perceive(before, action, obs, reward, noise)
+        found = {"q": agent.critic(torch.cat([latent, action], -1)) * unit, "alpha": agent.log_alpha.exp() * unit,
+                 "target": agent.critic_target(torch.cat([latent, action], -1)) * unit,
+                 "action": agent.act(latent, deterministic=True), "prior": agent.act(latent, "prior", deterministic=True)}
+        if kind != "memoryless":
+            prior = agent.latent_prior(before, action, *([] if kind == "generative" else [percept]))
+            found |= {"latent": latent, "prior mean": prior[0], "prior scale": prior[1]}
+        if kind == "generative":
+            volume = agent.percepts.std.log().sum(-1, keepdim=True)
+            found |= {"density": agent.log_likelihood(latent, percept) - volume, "end": agent.decode(latent)[1],
+                      "bound": planned(agent, latent, action) * unit}
+        return found
+
+    def planned(agent, latent, action):
+        torch.manual_seed(1)
+        return agent.planned_bound(latent, action)
+
+    agent.updates += 1
+    first = outputs()
+    other = VEM.EpisodeBuffer(2, 50, 2, 1, agent.latent_dim, "cpu")
+    for step in range(50):  # other means, other spreads, in each trial its own
+        columns = [torch.randn(2, 1, width) * torch.tensor([0.5, 4.0]).view(2, 1, 1) + 3 for width in other.widths]
+        other.add(*columns[:4], torch.ones(2, 1, 1), *columns[5:])  # some episodes have ended, as before
+    std = agent.percepts.std.clone()
+    agent.fit_scales(other)
+    assert ((agent.percepts.std / std).log().abs() > 0.2).all()
+    for name, value in outputs().items():
+        torch.testing.assert_close(value, first[name], msg=lambda text: f"{name}: {text}")
+
+
+def test_scales_of_the_first_fit_leave_the_untrained_networks_alone():
+    agent = build()
+    weights = [parameter.clone() for parameter in agent.parameters()]
+    fill(agent)
+    assert not torch.equal(agent.percepts.std, torch.ones_like(agent.percepts.std))
+    assert all(torch.equal(new, old) for new, old in zip(agent.parameters(), weights))
+
+
 @pytest.mark.parametrize("kind", ["generative", "discriminative"])
 def test_untrained_latent_state_is_bounded(kind):
     agent = build(agent=kind, latent_dim=8, model_dim=64, trials=5)
