@@ -65,6 +65,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+MEAN_MAX = 10.0  # of z and of atanh(a)
 UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
 # Tasks whose observation is so many positions (sines and cosines too) followed by velocities and forces.
 POSITIONS = {"Pendulum": 2, "MountainCarContinuous": 1, "InvertedPendulum": 2, "InvertedDoublePendulum": 5, "Hopper": 5,
@@ -342,14 +343,17 @@ class StackedMLP(nn.Module):
 
 
 class Gaussian(StackedMLP):
-    """A conditional Gaussian: columns (trials, batch, ·) -> mean and log_std (trials, batch, out)."""
+    """A conditional Gaussian: columns (trials, batch, ·) -> mean and log_std (trials, batch, out).
+
+    The mean is bounded: nothing else would keep a recurrent z from growing without end when no decoder holds it.
+    """
 
     def __init__(self, trials, in_dim, hidden_dim, out_dim):
         super().__init__((trials,), (in_dim, hidden_dim, hidden_dim, 2 * out_dim), F.silu)
 
     def forward(self, *columns):
         mean, log_std = super().forward(torch.cat(columns, -1)).chunk(2, -1)
-        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        return MEAN_MAX * (mean / MEAN_MAX).tanh(), log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
 
 class Normalizer(nn.Module):

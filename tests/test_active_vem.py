@@ -509,6 +509,18 @@ def test_untrained_latent_state_is_bounded(kind):
         assert imagined.abs().max() < 20
 
 
+@pytest.mark.parametrize("kind", ["generative", "discriminative"])
+def test_latent_state_is_bounded_where_its_recurrence_expands(kind):
+    """Nothing but the critic holds the scale of a discriminative z: weights tenfold must not make it grow for ever."""
+    agent = build(agent=kind, latent_dim=8, model_dim=64)
+    for parameter in agent.latent_posterior.parameters():
+        parameter.data *= 10
+    latent, action, reward = agent.begin(4)
+    for _ in range(50):
+        latent = agent.perceive(latent, action, torch.randn(1, 4, 2), reward)
+    assert latent.abs().max() < 10 + 6 * math.exp(2)
+
+
 def run(path, **flags):
     """A training run in this process; the arguments it had."""
     small = {"hidden_dim": 16, "model_dim": 16, "windows": 4, "window_length": 5, "learning_starts": 20,
