@@ -33,6 +33,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
  7. A share ε of the action prior is uniform, in what it is fitted to and in the KL: otherwise both narrow together and
     exploration ends. `--prior-mix 0`. `--action-prior uniform`: maximum entropy; p(a) then only rolls out and acts.
  8. The discriminative agent's q(z) learns from the critic's error: it has no model to send it the return's gradient.
+    That gradient is cut at 0.3; at the others' 10 (`--max-grad-norm`) it drives z to its bounds in some trials.
 
     python active_vem.py --env-id DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
     python active_vem.py --env-id Pendulum-v1 --mask velocity
@@ -113,7 +114,7 @@ class Args:
     latent_dim: int = 8  # dimensions of z
     model_dim: int = 64  # width of the dynamics' hidden layers
     model_learning_rate: float = 3e-3  # Adam's, of the dynamics
-    max_grad_norm: float = 10.0  # length to which the gradient of each network group is cut, per trial
+    max_grad_norm: float | None = None  # length that a network's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: float = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: int = 8  # importance samples K of the marginal term
     marginal_anneal_steps: int = 0  # updates in which w grows linearly to its value
@@ -168,7 +169,8 @@ def parse_args(argv=None):
     for name, refused, rule in (
         ("total_steps", args.total_steps < args.learning_starts, "must be at least --learning-starts"),
         ("mask", args.mask != "none" and task_name(args.env_id) not in POSITIONS, f"only on {', '.join(POSITIONS)}"),
-        ("alpha", args.alpha is not None and args.alpha <= 0, "must be above 0"),
+        *((name, getattr(args, name) is not None and not getattr(args, name) > 0, "must be above 0")
+          for name in ("alpha", "max_grad_norm")),
         *((name, getattr(args, name) and args.agent != "generative", "needs --agent generative, which has a model")
           for name in ("marginal_weight", "info_weight", "plan_iters")),
         ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
@@ -439,6 +441,8 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
         per_dimension, self.mix = (0.5, args.prior_mix) if args.action_prior == "learned" else (1.2, 1.0)
         self.kl_target = per_dimension * a if args.kl_target is None else args.kl_target
+        # The critic's error, which alone shapes a discriminative z, at times grows on its way back through a window.
+        self.max_grad_norm = args.max_grad_norm or (0.3 if args.agent == "discriminative" else 10.0)
         self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
         self.register_buffer("updates", torch.zeros(()))
         self.register_buffer("skipped", torch.zeros(trials))
@@ -637,7 +641,7 @@ class Agent(nn.Module):
         for name, group in params.items():
             grads = [p.grad for p in group]
             square = sum(grad.square().sum((-2, -1)).view(-1, self.args.trials).sum(0) for grad in grads)
-            scale = (self.args.max_grad_norm * square.rsqrt()).clamp(max=1).view(-1, 1, 1)
+            scale = (self.max_grad_norm * square.rsqrt()).clamp(max=1).view(-1, 1, 1)
             finite, before = square.isfinite().view(-1, 1, 1), [p.detach().clone() for p in group]
             for grad in grads:
                 grad.copy_(torch.where(finite, grad * scale, 0.0))

@@ -782,7 +782,8 @@ def test_noise_is_seeded_by_the_environment():
     ("--mask position --env-id DoubleIntegrator-v0", ("--mask position",)),
     ("--plan-horizon -1", ("--plan-horizon -1",)), ("--marginal-samples 0", ("--marginal-samples 0",)),
     ("--marginal-weight -1", ("--marginal-weight -1",)), ("--info-weight nan", ("--info-weight nan",)),
-    ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--plan-samples 1", ("--plan-samples 1",)),
+    ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
+    ("--alpha nan", ("--alpha nan",)), ("--plan-samples 1", ("--plan-samples 1",)),
     ("--agent discriminative --plan-iters 2", ("--plan-iters", "generative")),
     ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
 ])
