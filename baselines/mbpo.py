@@ -59,7 +59,7 @@ class Args:
     seed: int = 1  # trial i uses environment seed + i
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
-    compile: bool = False  # torch.compile the loss functions
+    compile: bool = False  # torch.compile the loss functions; on a CPU it does not pay, SAC takes twice as long
     total_steps: int = 300_000  # environment steps per trial
     learning_starts: int = 5_000  # uniformly random steps before the first update
     explore_hold: int = 1  # environment steps for which each of those random actions is held
