@@ -45,12 +45,13 @@ QUICK = ("--trials=2 --total-steps=100 --learning-starts=50 --first-updates=5 --
 DOUBLE = "--env-id=DoubleIntegrator-v0 --trials=5 --total-steps=4000 --eval-every=250"
 BASE = {"pendulum": "--env-id=Pendulum-v1 --trials=5 --total-steps=30000",
         "harder": "--trials=3 --total-steps=30000 --eval-episodes=5"}  # else DOUBLE
+HELD = "--explore-hold=40 --learning-starts=5000"  # random actions never reach the goal unless they are held
 AGENTS = "generative", "discriminative", "memoryless"
 SETTINGS = {  # label of a run -> its flags; what precedes a colon names the panel
     "double_integrator": {agent: f"--agent={agent}" for agent in AGENTS},
     "pendulum": {agent: f"--mask=velocity --agent={agent}" for agent in AGENTS} | {"fully observed": "--mask=none"},
-    "harder": {f"{task}: {label}": f"--env-id={task} --mask={mask}"
-               for task in ("InvertedPendulum-v5", "MountainCarContinuous-v0")
+    "harder": {f"{task}: {label}": f"--env-id={task} --mask={mask} {flags}"
+               for task, flags in {"InvertedPendulum-v5": "", "MountainCarContinuous-v0": HELD}.items()
                for label, mask in (("velocity hidden", "velocity"), ("fully observed", "none"))},
     "weight": {f"w = {w}": f"--marginal-weight={w}" for w in (0, 0.25, 0.5, 0.75, 1)},
     "information": {f"w_i = {w}": f"--info-weight={w}" for w in (-0.3, 0, 0.1, 0.3, 1)},
@@ -156,7 +157,7 @@ def train(args, settings):
     runs, pending, running = {}, {}, {}
     numbers = [f"--{name.replace('_', '-')}={n}" for name in ("trials", "total_steps") if (n := getattr(args, name))]
     for label, flags in settings.items():
-        base = f"{BASE.get(args.experiment, DOUBLE)} {QUICK if args.quick else ''} {args.env_flags} {flags}"
+        base = f"{BASE.get(args.experiment, DOUBLE)} {args.env_flags} {flags} {QUICK if args.quick else ''}"
         flags = [*shlex.split(base), *numbers]
         wanted = VEM.parse_args(flags)
         runs[label] = run = str(Path(args.runs_dir) / run_name(wanted))
