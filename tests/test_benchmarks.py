@@ -1,4 +1,4 @@
-"""benchmarks/figures.py, cost.py and speed.py do what their docstrings say, on runs made up here."""
+"""benchmarks/figures.py, cost.py, speed.py and reference_sac.py do what their docstrings say, on runs made up here."""
 
 import csv
 import time
@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, load_script
 from torch.utils.flop_counter import FlopCounterMode
 
-FIGURES, COST, SPEED = (load_script(f"benchmarks/{name}") for name in ("figures", "cost", "speed"))
+FIGURES, COST, SPEED, REFERENCE = (load_script(f"benchmarks/{name}") for name in ("figures", "cost", "speed", "reference_sac"))
 
 
 @pytest.fixture
@@ -50,6 +50,17 @@ def test_figures_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     assert FIGURES.main(FIGURES.Args(name="made_up", **flags)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and named in lines[0] and not list((here / "results").iterdir())
+
+
+@pytest.mark.parametrize("flags, named", [
+    ({"run_dir": "one"}, "--run-dir one"), ({"env_id": "Nothing-v1"}, "--env-id Nothing-v1"), ({"eval_every": 0}, "--eval-every 0"),
+], ids=str)
+def test_reference_sac_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
+    monkeypatch.chdir(here)
+    with pytest.raises(SystemExit) as stop:
+        REFERENCE.main(REFERENCE.Args(**flags))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and named in lines[0] and not (here / "runs").exists()
 
 
 def test_spread_over_trials(monkeypatch):
