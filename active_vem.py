@@ -33,7 +33,8 @@ Deviations from the paper, each with the flag that goes back to its letter where
  7. A share ε of the action prior is uniform, in what it is fitted to and in the KL: otherwise both narrow together and
     exploration ends. `--prior-mix 0`. `--action-prior uniform`: maximum entropy; p(a) then only rolls out and acts.
  8. The discriminative agent's q(z) learns from the critic's error: it has no model to send it the return's gradient.
-    That gradient is cut at 0.3; at the others' 10 (`--max-grad-norm`) it drives z to its bounds in some trials.
+    That gradient is cut at 0.3, and z learns no faster than the critic: at the others' 10 (`--max-grad-norm`) it drives
+    z to its bounds in some trials, at 3e-3 (`--model-learning-rate`) what has been learned is lost again in some.
 
     python active_vem.py --env-id DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
     python active_vem.py --env-id Pendulum-v1 --mask velocity
@@ -113,7 +114,7 @@ class Args:
     scale_every: int = 250  # environment steps between fits of the scales of observation and reward
     latent_dim: int = 8  # dimensions of z
     model_dim: int = 64  # width of the dynamics' hidden layers
-    model_learning_rate: float = 3e-3  # Adam's, of the dynamics
+    model_learning_rate: float | None = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
     max_grad_norm: float | None = None  # length that a network's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: float = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: int = 8  # importance samples K of the marginal term
@@ -170,7 +171,7 @@ def parse_args(argv=None):
         ("total_steps", args.total_steps < args.learning_starts, "must be at least --learning-starts"),
         ("mask", args.mask != "none" and task_name(args.env_id) not in POSITIONS, f"only on {', '.join(POSITIONS)}"),
         *((name, getattr(args, name) is not None and not getattr(args, name) > 0, "must be above 0")
-          for name in ("alpha", "max_grad_norm")),
+          for name in ("alpha", "max_grad_norm", "model_learning_rate")),
         *((name, getattr(args, name) and args.agent != "generative", "needs --agent generative, which has a model")
           for name in ("marginal_weight", "info_weight", "plan_iters")),
         ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
@@ -452,11 +453,12 @@ class Agent(nn.Module):
         policies = {"actor", "prior_actor", "critic", "critic_target", "log_alpha"}
         model = [p for name, p in self.named_parameters() if name.split(".")[0] not in {*policies, "log_scale"}]
         # Adam moves a parameter by its rate at most: the scale has further to go than any weight.
-        scale = [{"params": [self.log_scale], "lr": 3 * args.model_learning_rate}] if self.generative else []
+        rate = args.model_learning_rate or (1e-3 if args.agent == "discriminative" else 3e-3)
+        scale = [{"params": [self.log_scale], "lr": 3 * rate}] if self.generative else []
         groups = {"actor": policy, "prior_actor": self.prior_actor.parameters(), "critic": self.critic.parameters()}
         self.opts = {name: torch.optim.Adam(group, args.learning_rate, fused=True) for name, group in groups.items()}
         if model:
-            self.opts["model"] = torch.optim.Adam([{"params": model}, *scale], args.model_learning_rate, fused=True)
+            self.opts["model"] = torch.optim.Adam([{"params": model}, *scale], rate, fused=True)
         if args.compile:
             for name in ("model_loss", "critic_loss", "actor_loss", "prior_loss"):
                 setattr(self, name, torch.compile(getattr(self, name)))

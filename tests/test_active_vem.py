@@ -692,6 +692,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(kind):
         assert p.isfinite().all() and not torch.equal(p.select(-3, 0), before[key].select(-3, 0)), key
 
 
+def test_z_of_a_critic_learns_as_fast_as_the_critic():
+    """Deviation 8: one rate for critic and z where nothing else shapes z, a higher one where there is a model."""
+    rates = {kind: [{group["lr"] for group in build(agent=kind).opts[name].param_groups} for name in ("critic", "model")]
+             for kind in ("generative", "discriminative")}
+    assert rates == {"generative": [{1e-3}, {3e-3, 3 * 3e-3}], "discriminative": [{1e-3}, {1e-3}]}
+    assert build(agent="discriminative", model_learning_rate=0.5).opts["model"].defaults["lr"] == 0.5
+
+
 def test_gradients_are_cut_per_trial():
     agent = build(trials=2, max_grad_norm=0.5)
     p = agent.prior_actor.layers[0].bias

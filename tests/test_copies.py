@@ -81,7 +81,8 @@ def test_shared_names_have_one_source(one, other):
 PAIRS = [*combinations([s for s in SCRIPTS if s.name != "tabular_risk.py"], 2)]
 FLAG_DIFFERS = {"target_entropy": "−|A| in SAC, half of it in the model-based scripts",
                 "epochs": "0 stops early in MBPO alone", "beta": "fixed in VMBPO, a start in β-VMBPO",
-                "updates_per_step": "an update of active VEM is of everything, its model too"}
+                "updates_per_step": "an update of active VEM is of everything, its model too",
+                "model_learning_rate": "of active VEM's inference of z too, and by agent"}
 
 
 @pytest.mark.parametrize("one, other", PAIRS, ids=str)
