@@ -289,8 +289,8 @@ class EpisodeBuffer:
     def sample(self, n, length):
         """n windows per trial: rows (trials, length, n, row), their places in the ring, and 1 where a row is valid.
 
-        A window covers a row drawn uniformly and does not begin before its episode, so that an episode's first steps
-        are seen as often as others; rows past the end of the episode are padding.
+        A window covers a row drawn uniformly and does not begin before its episode; rows past the end of the episode
+        are padding. An episode's first and last steps are seen about half as often as the others.
         """
         shape, device = (len(self.trial), 1, n), self.storage.device
         oldest, capacity = self.added - self.count, self.storage.shape[1]
