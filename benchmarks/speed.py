@@ -12,8 +12,8 @@ products, forward and backward, and nothing else, at the same sizes. Stable-Base
 (`pip install stable-baselines3==2.9.2`); the other two forms are written here after their descriptions: separate
 networks, Adam as PyTorch comes, a second policy forward for α. Writes benchmarks/results/speed_COMPARE.csv. Importing
 sac_iterative.py, or another script that calls mallopt as it does, makes malloc keep freed memory in the whole process.
-The forms beside it profit, which by themselves would not: a conservative choice, the ratios to them come out too small
-if anything.
+The forms beside it profit, which by themselves would not: a conservative choice. `--processes` gives every contestant a
+process of its own, still one at a time and in turn: what each costs who uses it alone. Writes speed_COMPARE_processes.csv.
 
 `scripts` gives each script and number of trials a process of its own, for its peak memory. A step, of all trials at
 once, costs environment + updates_per_step updates + (fit + roll-outs) / fit_every, as in cost.py: the part of the
@@ -39,7 +39,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +82,7 @@ class Args:
     hidden_dim: int = 256  # width of actor and critics; in scripts, the script's own
     trials: int = 1  # independent agents side by side; the other forms train one; in scripts, --script-trials
     device: str = "cpu"  # cpu, cuda, or one table each: cpu,cuda
+    processes: bool = False  # a process for each contestant of sac, fit and inference; default: one for all
     scripts: tuple[str, ...] = tuple(SCRIPTS)  # rows of --compare scripts
     script_trials: tuple[int, ...] = (1, 5)  # numbers of trials of --compare scripts, one row each
     out_dir: str = ""  # where results/ and figures/ are; default: benchmarks
@@ -313,32 +317,55 @@ def floor(args, iters=0, samples=0):
 
 
 def contestants(args):
-    """name -> function that makes one update; the first one is what the others are divided by."""
+    """name -> what makes a function of one update, or None; the first one is what the others are divided by."""
+    found = {"floor": lambda: floor(args)}
     if args.compare == "sac":
-        found = {"sac_iterative.py": own_sac(args), "Stable-Baselines3": stable_baselines_sac(args),
-                 "CleanRL-style": separate_sac(args)}
-    elif args.compare == "fit":
-        found = {"baselines/mbpo.py": own_fit(args), "mbpo_pytorch-style": batched_fit(args)}
-    else:
-        found = {f"{inference}, K={k}, 10 samples": own_sac(args, inference=inference, inference_iters=k, action_samples=10,
-                                                            prior="gaussian")
-                 for inference, k in (("direct", 1), ("iterative", 1), ("iterative", 2), ("iterative", 5))}
-    return {name: update for name, update in found.items() if update} | {"floor": floor(args)}
+        return {"sac_iterative.py": lambda: own_sac(args), "Stable-Baselines3": lambda: stable_baselines_sac(args),
+                "CleanRL-style": lambda: separate_sac(args)} | found
+    if args.compare == "fit":
+        return {"baselines/mbpo.py": lambda: own_fit(args), "mbpo_pytorch-style": lambda: batched_fit(args)} | found
+    make = lambda inference, k: own_sac(args, inference=inference, inference_iters=k, action_samples=10, prior="gaussian")
+    return {f"{inference}, K={k}, 10 samples": lambda inference=inference, k=k: make(inference, k)
+            for inference, k in (("direct", 1), ("iterative", 1), ("iterative", 2), ("iterative", 5))} | found
 
 
-def measure(args, updates, calls={}):
+def milliseconds(update, count, device):
+    """Per call, of so many calls."""
+    before = time.perf_counter()
+    for _ in range(count):
+        update()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - before) / count
+
+
+def measure(args, updates, calls={}, clock=milliseconds):
     """Milliseconds per call of each contestant in each block: name -> list. calls: where they are not --updates."""
-    clock, found = random.Random(0), {name: [] for name in updates}
+    order, found = random.Random(0), {name: [] for name in updates}
     for block in range(-1, args.blocks):  # the first one warms up
-        for name in clock.sample([*updates], len(updates)):
-            count, before = calls.get(name, args.updates), time.perf_counter()
-            for _ in range(count):
-                updates[name]()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
+        for name in order.sample([*updates], len(updates)):
+            ms = clock(updates[name], calls.get(name, args.updates), args.device)
             if block >= 0:
-                found[name].append(1000 * (time.perf_counter() - before) / count)
+                found[name].append(ms)
     return found
+
+
+def alone(args, threads, name, count, made={}):
+    """milliseconds of one contestant, in its own process; None where what it needs is not installed."""
+    if not made:
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        made[name] = contestants(args)[name]()
+    return made[name] and milliseconds(made[name], count, args.device)
+
+
+def measure_processes(args, threads):
+    """measure, with a process for each contestant."""
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in contestants(args)}
+        run = lambda name, count: pools[name].submit(alone, args, threads, name, count).result()
+        there = {name: name for name in pools if run(name, 1) is not None}
+        return measure(args, there, clock=lambda name, count, device: run(name, count))
 
 
 def spread(values):
@@ -365,7 +392,11 @@ def peers(args):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         one = dataclasses.replace(args, device=device)
-        found = measure(one, contestants(one))
+        if args.processes:
+            found = measure_processes(one, threads)
+        else:
+            updates = {name: make() for name, make in contestants(one).items()}
+            found = measure(one, {name: update for name, update in updates.items() if update})
         first = next(iter(found))
         for name, ms in found.items():
             ratio, low, high = spread(x / y for x, y in zip(ms, found[first]))
@@ -591,6 +622,8 @@ def refusal(args, out):
         return "--quick: needs --out-dir, its numbers mean nothing and would replace measured ones"
     if args.from_csv and args.compare != "growth":
         return f"--from-csv: only with --compare growth, not with {args.compare}"
+    if args.processes and args.compare in ("scripts", "growth"):
+        return f"--processes: with --compare sac, fit or inference, not with {args.compare}"
     if args.compare == "growth" and len(args.threads) > 1:
         return "--threads: one number with --compare growth"
     try:
@@ -621,7 +654,8 @@ def main(args):
     if args.quick:
         args = dataclasses.replace(args, **{name: min(getattr(args, name), most) for name, most in QUICK.items()})
     if args.compare != "growth":
-        write(out / "results" / f"speed_{args.compare}.csv", (scripts if args.compare == "scripts" else peers)(args))
+        name = f"speed_{args.compare}{'_processes' if args.processes else ''}.csv"
+        write(out / "results" / name, (scripts if args.compare == "scripts" else peers)(args))
         return 0
     for what in [] if args.from_csv else GROWTH:
         write(out / "results" / f"speed_growth_{what}.csv", growth(args, what))
