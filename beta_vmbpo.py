@@ -251,19 +251,21 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
-    def forward(self, x, members=...):
+    def forward(self, x, members=None):
+        if members is None:  # an index, even of everything, is an operation of its own, and so is its gradient
+            return (x @ self.weight).add_(self.bias)
         return (x @ self.weight[members]).add_(self.bias[members])
 
 
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons; `members` indexes the stack, to run only some of them."""
 
-    def __init__(self, stack, dims, activation=F.relu):
+    def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in pairwise(dims))
         self.activation = activation
 
-    def forward(self, x, members=...):
+    def forward(self, x, members=None):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x, members))
         return self.layers[-1](x, members)

@@ -216,19 +216,21 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
-    def forward(self, x, members=...):
+    def forward(self, x, members=None):
+        if members is None:  # an index, even of everything, is an operation of its own, and so is its gradient
+            return (x @ self.weight).add_(self.bias)
         return (x @ self.weight[members]).add_(self.bias[members])
 
 
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons; `members` indexes the stack, to run only some of them."""
 
-    def __init__(self, stack, dims, activation=F.relu):
+    def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in pairwise(dims))
         self.activation = activation
 
-    def forward(self, x, members=...):
+    def forward(self, x, members=None):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x, members))
         return self.layers[-1](x, members)
@@ -270,9 +272,8 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
         self.actor = InferenceNetwork(args, obs_dim, action_dim)
-        # In place: with many action samples the critics' activations are the largest tensors of an update.
-        self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), torch.relu_)
-        self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), torch.relu_)
+        self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1))
+        self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1))
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
