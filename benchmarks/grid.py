@@ -13,6 +13,7 @@ which its process inherits: two never write to one directory, and a training pro
 import ctypes
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -57,16 +58,17 @@ def runs_of(args):
         fail(f"--table {args.table}: {error}")
     if args.experiment not in table:
         fail(f"{args.experiment}: not an experiment; there are {', '.join(table)}")
-    experiment, found = table[args.experiment], {}
-    for env in experiment["envs"]:
-        for label, command in experiment["runs"].items():
+    found = {}
+    for part in table[args.experiment].get("parts", [args.experiment]):
+        experiment = table[part]
+        for env, (label, command), seed in itertools.product(
+                experiment["envs"], experiment["runs"].items(), experiment.get("seeds", [1])):
             script, *flags = shlex.split(command)
             shared = shlex.split(f"{experiment.get('flags', '')} {experiment.get('env_flags', {}).get(env, '')}")
-            for seed in experiment.get("seeds", [1]):
-                name = "/".join(part.replace("/", "_").replace(" ", "_") for part in (args.experiment, env, f"{label}_s{seed}"))
-                if args.only in name:
-                    found[Path(args.runs_dir).absolute() / name] = [
-                        str(HERE.parent / script), "--env-id", env, "--seed", str(seed), *shared, *flags]
+            name = "/".join(name.replace("/", "_").replace(" ", "_") for name in (part, env, f"{label}_s{seed}"))
+            if args.only in name:
+                found[Path(args.runs_dir).absolute() / name] = [
+                    str(HERE.parent / script), "--env-id", env, "--seed", str(seed), *shared, *flags]
     if not found:
         fail(f"--only {args.only}: no run of {args.experiment} has this in its name")
     return found

@@ -68,6 +68,21 @@ def test_every_run_of_the_table(args):
     assert command[1:] == "--env-id b/B-v0 --seed 2 --total-steps 12 --pause 0 --total-steps 7 --die-at 8".split()
 
 
+def test_an_experiment_of_parts_is_their_runs(args, tmp_path):
+    """In the directories that the parts use, so that nothing is trained twice."""
+    table = tmp_path / "table.toml"
+    table.write_text(table.read_text() + f'''
+[other]
+envs = ["A-v0"]
+[other.runs]
+"one" = "{tmp_path}/script.py"
+[both]
+parts = ["other", "made_up"]
+''')
+    parts = [GRID.runs_of(GRID.dataclasses.replace(args, experiment=name)) for name in ("other", "made_up")]
+    assert GRID.runs_of(GRID.dataclasses.replace(args, experiment="both")) == parts[0] | parts[1] and len(parts[0]) == 1
+
+
 def test_the_committed_table_can_be_run(tmp_path):
     """Every flag of every experiment is one its script accepts; two runs never share a directory."""
     table, count = tomllib.loads(GRID.TABLE.read_text()), 0
@@ -75,7 +90,8 @@ def test_the_committed_table_can_be_run(tmp_path):
                ("beta_vmbpo.py", "vmbpo.py", "baselines/mbpo.py", "sac_iterative.py", "active_vem.py")}
     for name, experiment in table.items():
         runs = GRID.runs_of(GRID.Args(name, runs_dir=str(tmp_path)))
-        assert len(runs) == len(experiment["envs"]) * len(experiment["runs"]) * len(experiment.get("seeds", [1]))
+        parts = [table[part] for part in experiment.get("parts", [name])]
+        assert len(runs) == sum(len(part["envs"]) * len(part["runs"]) * len(part.get("seeds", [1])) for part in parts)
         for run_dir, command in runs.items():
             script = os.path.relpath(command[0], ROOT)
             parsed = scripts[script].parse_args([*command[1:], "--run-dir", str(run_dir)])
