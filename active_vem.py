@@ -84,6 +84,7 @@ class Args:
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     compile: bool = False  # torch.compile the loss functions; on a CPU it does not pay, SAC takes twice as long
+    cuda_graph: bool = False  # replay the updates of a step, and each minibatch of a fit, as one CUDA graph
     total_steps: int = 30_000  # environment steps per trial
     learning_starts: int = 500  # uniformly random steps before the first update
     explore_hold: int = 1  # environment steps for which each of those random actions is held
@@ -137,8 +138,8 @@ RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (
          "marginal_anneal_steps": (0, math.inf), "plan_horizon": (0, math.inf), "plan_iters": (0, math.inf),
          "plan_samples": (2, math.inf), "info_weight": (-math.inf, math.inf),
          "prior_mix": (0, 1)}  # else counts from 1, numbers above 0
-RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
-             "resume", "evaluate", "capture_video"}
+RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
+             "wandb_project", "resume", "evaluate", "capture_video"}
 
 
 def fail(message):
@@ -189,6 +190,8 @@ def parse_args(argv=None):
         space = make_tasks(args, 1).single_action_space
     except Exception as error:  # whatever making a device, a function or an environment of the user's raises
         fail(f"{flag} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    if args.cuda_graph and device == "cpu":
+        fail("--cuda-graph: needs --device cuda")
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         fail(f"--env-id {args.env_id}: its actions must be a bounded Box, not {space}")
     name = f"runs/{args.env_id.replace(':', '_')}/{SCRIPT}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -415,6 +418,33 @@ def information_bounds(own, others):
     return lower, own - log_mean_exp(others)
 
 
+def captured(function, args):
+    """The function; with --cuda-graph as one CUDA graph, which its third call captures and from then on replays.
+
+    What varies between calls must lie in tensors that keep their places; a result is overwritten by the next call.
+    """
+    if not args.cuda_graph:
+        return function
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), 0, None
+
+    def replay(*inputs):
+        nonlocal calls, result
+        calls, current = calls + 1, torch.cuda.current_stream(args.device)
+        if calls < 3:  # the first calls allocate what the later ones use
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                result = function(*inputs)
+            current.wait_stream(stream)
+            return result
+        if calls == 3:
+            with torch.cuda.graph(graph, stream=stream):
+                result = function(*inputs)
+        graph.replay()
+        return result
+
+    return replay
+
+
 class Agent(nn.Module):
     """Networks, optimizers, and the steps of Algorithm 1: infer and act online, learn from windows of episodes."""
 
@@ -458,12 +488,14 @@ class Agent(nn.Module):
         rate = args.model_learning_rate or (1e-3 if args.agent == "discriminative" else 3e-3)
         scale = [{"params": [self.log_scale], "lr": 3 * rate}] if self.generative else []
         groups = {"actor": policy, "prior_actor": self.prior_actor.parameters(), "critic": self.critic.parameters()}
-        self.opts = {name: torch.optim.Adam(group, args.learning_rate, fused=True) for name, group in groups.items()}
+        adam = lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True, capturable=True)
+        self.opts = {name: adam(group, args.learning_rate) for name, group in groups.items()}
         if model:
-            self.opts["model"] = torch.optim.Adam([{"params": model}, *scale], rate, fused=True)
+            self.opts["model"] = adam([{"params": model}, *scale], rate)
         if args.compile:
             for name in ("model_loss", "critic_loss", "actor_loss", "prior_loss"):
                 setattr(self, name, torch.compile(getattr(self, name)))
+        self.rehearse = captured(self.rehearse, args)
 
     # What is inferred online
 
@@ -751,13 +783,18 @@ class Agent(nn.Module):
         if not self.args.alpha:
             self.log_alpha -= reward_ratio.log()
 
+    def rehearse(self, buffer):
+        """One update on replayed windows, whose latent states the buffer keeps; returns metrics, each (trials,)."""
+        rows, place, valid = buffer.sample(self.args.windows, self.args.window_length)
+        latents, metrics = self.update(rows, valid)
+        buffer.refresh(place, rows, valid, latents[:, :-1])
+        return metrics
+
     def learn(self, buffer, updates=1):
-        """A number of updates on replayed windows; returns metrics, each (trials,)."""
+        """A number of updates; returns metrics of the last one, each (trials,)."""
         self.widths = buffer.widths
         for _ in range(updates):
-            rows, place, valid = buffer.sample(self.args.windows, self.args.window_length)
-            latents, metrics = self.update(rows, valid)
-            buffer.refresh(place, rows, valid, latents[:, :-1])
+            metrics = self.rehearse(buffer)
         alpha = self.log_alpha.detach().exp().flatten()
         return metrics | {"policy/alpha": alpha, "train/skipped": self.skipped.clone()}
 

@@ -71,6 +71,7 @@ class Args:
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     compile: bool = False  # torch.compile the loss functions; on a CPU it does not pay, SAC takes twice as long
+    cuda_graph: bool = False  # replay the updates of a step, and each minibatch of a fit, as one CUDA graph
     total_steps: int = 1_000_000  # environment steps per trial
     learning_starts: int = 5_000  # uniformly random steps before the first update
     explore_hold: int = 1  # environment steps for which each of those random actions is held
@@ -108,8 +109,8 @@ class Args:
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
          "tau": (0, 1), "action_samples": (0, math.inf), "prior_std": (0.01, 100),
          "pessimism": (0, 100)}  # else counts from 1, numbers above 0
-RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
-             "resume", "evaluate", "capture_video"}
+RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
+             "wandb_project", "resume", "evaluate", "capture_video"}
 
 
 def fail(message):
@@ -155,6 +156,8 @@ def parse_args(argv=None):
         space = make_envs(args.env_id, 1).single_action_space
     except Exception as error:  # whatever making a device or an environment of the user's raises
         fail(f"{flag} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    if args.cuda_graph and device == "cpu":
+        fail("--cuda-graph: needs --device cuda")
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         fail(f"--env-id {args.env_id}: its actions must be a bounded Box, not {space}")
     name = f"runs/{args.env_id.replace(':', '_')}/{SCRIPT}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -265,6 +268,33 @@ class InferenceNetwork(StackedMLP):
         return gate * params + (1 - gate) * proposal, gate  # eq. (15)
 
 
+def captured(function, args):
+    """The function; with --cuda-graph as one CUDA graph, which its third call captures and from then on replays.
+
+    What varies between calls must lie in tensors that keep their places; a result is overwritten by the next call.
+    """
+    if not args.cuda_graph:
+        return function
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), 0, None
+
+    def replay(*inputs):
+        nonlocal calls, result
+        calls, current = calls + 1, torch.cuda.current_stream(args.device)
+        if calls < 3:  # the first calls allocate what the later ones use
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                result = function(*inputs)
+            current.wait_stream(stream)
+            return result
+        if calls == 3:
+            with torch.cuda.graph(graph, stream=stream):
+                result = function(*inputs)
+        graph.replay()
+        return result
+
+    return replay
+
+
 class Agent(nn.Module):
     """Networks, optimizers, and act, infer, learn; params are λ = (mean, log_std): (trials, n, 2, action_dim)."""
 
@@ -289,12 +319,13 @@ class Agent(nn.Module):
         self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
         self.to(args.device)
 
-        adam = torch.optim.Adam
-        self.opts = {"actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, fused=True),
-                     "critic": adam(self.critic.parameters(), args.learning_rate, fused=True)}
+        adam = lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True, capturable=True)
+        self.opts = {"actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate),
+                     "critic": adam(self.critic.parameters(), args.learning_rate)}
         if args.compile:
             for name in ("critic_loss", "objective"):
                 setattr(self, name, torch.compile(getattr(self, name)))
+        self.learn = captured(self.learn, args)
 
     @torch.no_grad()
     def act(self, obs, deterministic=False, iters=None):

@@ -60,6 +60,7 @@ class Args:
     trials: int = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     compile: bool = False  # torch.compile the loss functions; on a CPU it does not pay, SAC takes twice as long
+    cuda_graph: bool = False  # replay the updates of a step, and each minibatch of a fit, as one CUDA graph
     total_steps: int = 300_000  # environment steps per trial
     learning_starts: int = 5_000  # uniformly random steps before the first update
     explore_hold: int = 1  # environment steps for which each of those random actions is held
@@ -105,8 +106,8 @@ class Args:
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
          "tau": (0, 1), "real_ratio": (0, 1), "epochs": (0, math.inf)}  # else counts from 1, numbers above 0
-RESUMABLE = {"total_steps", "device", "compile", "log_every", "eval_every", "eval_episodes", "wandb", "wandb_project",
-             "resume", "evaluate", "capture_video"}
+RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
+             "wandb_project", "resume", "evaluate", "capture_video"}
 
 
 def fail(message):
@@ -158,6 +159,8 @@ def parse_args(argv=None):
         space = make_envs(args.env_id, 1).single_action_space
     except Exception as error:  # whatever making a device, a function or an environment of the user's raises
         fail(f"{flag} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    if args.cuda_graph and device == "cpu":
+        fail("--cuda-graph: needs --device cuda")
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         fail(f"--env-id {args.env_id}: its actions must be a bounded Box, not {space}")
     name = f"runs/{args.env_id.replace(':', '_')}/{SCRIPT}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -295,6 +298,33 @@ class Dynamics(StackedMLP):
         return mean, low + F.softplus(high - F.softplus(high - log_var) - low)
 
 
+def captured(function, args):
+    """The function; with --cuda-graph as one CUDA graph, which its third call captures and from then on replays.
+
+    What varies between calls must lie in tensors that keep their places; a result is overwritten by the next call.
+    """
+    if not args.cuda_graph:
+        return function
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), 0, None
+
+    def replay(*inputs):
+        nonlocal calls, result
+        calls, current = calls + 1, torch.cuda.current_stream(args.device)
+        if calls < 3:  # the first calls allocate what the later ones use
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                result = function(*inputs)
+            current.wait_stream(stream)
+            return result
+        if calls == 3:
+            with torch.cuda.graph(graph, stream=stream):
+                result = function(*inputs)
+        graph.replay()
+        return result
+
+    return replay
+
+
 class Agent(nn.Module):
     """Networks, optimizers and the four steps: act, fit_model, imagine, learn."""
 
@@ -322,16 +352,16 @@ class Agent(nn.Module):
         decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
         groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.model.layers, decay)]
         others = [p for name, p in self.model.named_parameters() if "weight" not in name]
-        adam = torch.optim.Adam
+        adam = lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True, capturable=True)
         self.opts = {
-            "actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, fused=True),
-            "critic": adam(self.critic.parameters(), args.learning_rate, fused=True),
-            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate,
-                          fused=True),
+            "actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate),
+            "critic": adam(self.critic.parameters(), args.learning_rate),
+            "model": adam([*groups, {"params": [*others, *self.terminator.parameters()]}], args.model_learning_rate),
         }
         if args.compile:
             for name in ("critic_loss", "actor_loss", "model_loss"):
                 setattr(self, name, torch.compile(getattr(self, name)))
+        self.learn = captured(self.learn, args)
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
@@ -381,7 +411,8 @@ class Agent(nn.Module):
         epoch = math.ceil(num_train / args.batch_size)
         least = args.min_first_batches if first_fit else args.min_batches
         batches = max(args.epochs * num_train // args.batch_size, least)
-        for i in range(min(batches, args.max_batches) if args.epochs else args.max_batches):
+
+        def step():
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
@@ -389,6 +420,10 @@ class Agent(nn.Module):
             self.opts["model"].zero_grad()
             loss.backward()
             self.opts["model"].step()
+
+        step = captured(step, args)
+        for i in range(min(batches, args.max_batches) if args.epochs else args.max_batches):
+            step()
             if args.epochs == 0 and (i + 1) % epoch == 0:  # MBPO's own early stopping
                 with torch.no_grad():
                     error = self.hold_out_errors(buffer)
@@ -478,7 +513,7 @@ class Agent(nn.Module):
         for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
-                "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.exp().flatten()}
+                "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.detach().exp().flatten()}
 
 
 @torch.no_grad()

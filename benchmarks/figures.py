@@ -24,12 +24,18 @@ LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_e
 NAMES = {"eval/return": "evaluation return", "model/beta": "β", "model/kl": "KL(q‖p), nats", "model/prior_error": "hold-out error of p",
          "model/posterior_error": "hold-out error of q", "model/optimism_gap": "optimism gap, value units",
          "model/effective_sample_size": "effective sample size of the weights", "value/q": "Q", "policy/entropy": "policy entropy"}
-# Published means and standard deviations of MBPO (Janner et al., 2019; curves as stored by erl_lib), over the last 5k steps.
+# Published means and standard deviations. MBPO: Janner et al. (2019), curves as stored by erl_lib, the early points over the
+# last 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
 PUBLISHED = {
-    "HalfCheetah-v4": {10_000: (1316, 360), 20_000: (3893, 654), 30_000: (5534, 1117), 50_000: (7830, 603)},
-    "Hopper-v4": {10_000: (247, 145), 20_000: (497, 246), 30_000: (641, 209), 50_000: (1484, 846)},
-    "Walker2d-v4": {20_000: (384, 148), 50_000: (783, 544)},
-    "Ant-v4": {20_000: (656, 53), 50_000: (781, 215)},
+    "Hopper-v4": {"MBPO": {10_000: (247, 145), 20_000: (497, 246), 30_000: (641, 209), 50_000: (1646, 793),
+                           100_000: (3314, 334), 125_000: (3279, 454)}, "SAC": {125_000: (2792, 627)}},
+    "Walker2d-v4": {"MBPO": {20_000: (384, 148), 50_000: (783, 544), 100_000: (3485, 1023), 200_000: (4120, 829),
+                             300_000: (4897, 428)}, "SAC": {300_000: (4030, 770)}},
+    "HalfCheetah-v4": {"MBPO": {10_000: (1316, 360), 20_000: (3893, 654), 30_000: (5534, 1117), 50_000: (7830, 603),
+                                100_000: (9563, 688), 200_000: (10654, 1398), 400_000: (13065, 962)},
+                       "SAC": {400_000: (9350, 1012)}},
+    "Ant-v4": {"MBPO": {20_000: (656, 53), 50_000: (781, 215), 100_000: (1489, 898), 200_000: (4264, 1341),
+                        300_000: (5368, 633)}, "SAC": {300_000: (4197, 1589)}},
 }
 
 
@@ -39,7 +45,7 @@ class Args:
     runs: tuple[str, ...] = ()  # run directories, in the order of the legend
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ("eval/return",)  # one panel each
-    reference: str = ""  # a task whose published MBPO points are drawn behind the return
+    reference: str = ""  # a task whose published points are drawn behind the return
     budget: float = 0.0  # a line at this KL
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials, or interquartile mean and 95 % bootstrap interval
@@ -99,9 +105,11 @@ def draw(args, rows, path):
             axis.axhline(args.budget, color="black", linestyle=":", linewidth=1)
         if metric == "eval/return" and args.reference:
             last = max(int(row[1]) for row in rows)
-            points = {step: point for step, point in PUBLISHED[args.reference].items() if step <= 1.5 * last}
-            for i, (step, (mean, std)) in enumerate(points.items()):
-                axis.errorbar(step, mean, std, fmt="o", color="grey", capsize=3, zorder=0, label="" if i else "MBPO, published")
+            for (name, points), marker in zip(PUBLISHED[args.reference].items(), "os"):
+                points = [(step, *point) for step, point in points.items() if step <= 1.5 * last]
+                if points:
+                    step, mean, std = zip(*points)
+                    axis.errorbar(step, mean, std, fmt=marker, color="grey", capsize=3, zorder=0, label=f"{name}, published")
         axis.set(xlabel="environment steps per trial", title=NAMES.get(metric, metric))
     for axis in axes[len(args.metrics) :]:
         axis.remove()

@@ -14,6 +14,7 @@ networks, Adam as PyTorch comes, a second policy forward for α. Writes benchmar
 sac_iterative.py, or another script that calls mallopt as it does, makes malloc keep freed memory in the whole process.
 The forms beside it profit, which by themselves would not: a conservative choice. `--processes` gives every contestant a
 process of its own, still one at a time and in turn: what each costs who uses it alone. Writes speed_COMPARE_processes.csv.
+`--cuda-graph` replays the scripts' own updates and minibatches as the flag of that name does; speed_COMPARE_graph.csv.
 
 `scripts` gives each script and number of trials a process of its own, for its peak memory. A step, of all trials at
 once, costs environment + updates_per_step updates + (fit + roll-outs) / fit_every, as in cost.py: the part of the
@@ -82,6 +83,7 @@ class Args:
     hidden_dim: int = 256  # width of actor and critics; in scripts, the script's own
     trials: int = 1  # independent agents side by side; the other forms train one; in scripts, --script-trials
     device: str = "cpu"  # cpu, cuda, or one table each: cpu,cuda
+    cuda_graph: bool = False  # the collection's own updates and minibatches as CUDA graphs; needs --device cuda
     processes: bool = False  # a process for each contestant of sac, fit and inference; default: one for all
     scripts: tuple[str, ...] = tuple(SCRIPTS)  # rows of --compare scripts
     script_trials: tuple[int, ...] = (1, 5)  # numbers of trials of --compare scripts, one row each
@@ -120,7 +122,7 @@ def fill(buffer, n):
 def own_sac(args, **flags):
     script = load("sac_iterative")
     agent = script.Agent(script.Args(batch_size=args.batch_size, hidden_dim=args.hidden_dim, trials=args.trials,
-                                     device=args.device, **SAC | flags), OBS_DIM, ACTION_DIM)
+                                     device=args.device, cuda_graph=args.cuda_graph, **SAC | flags), OBS_DIM, ACTION_DIM)
     buffer = fill(script.ReplayBuffer(args.trials, ROWS, OBS_DIM, ACTION_DIM, args.device), ROWS)
     return lambda: agent.learn(buffer)
 
@@ -133,7 +135,7 @@ def own_buffer(args, rows):
 def own_fit(args, buffer=None):
     """One minibatch of baselines/mbpo.py's ensemble."""
     script = load("baselines/mbpo")
-    flags = script.Args(batch_size=args.batch_size, trials=args.trials, device=args.device)
+    flags = script.Args(batch_size=args.batch_size, trials=args.trials, device=args.device, cuda_graph=args.cuda_graph)
     agent = script.Agent(flags, OBS_DIM, ACTION_DIM)
     return minibatch(agent, buffer or own_buffer(args, ROWS))
 
@@ -154,7 +156,7 @@ def minibatch(agent, buffer):
         loss.backward()
         agent.opts["model"].step()
 
-    return step
+    return sys.modules[type(agent).__module__].captured(step, args)
 
 
 # --- the forms they are compared with
@@ -417,7 +419,7 @@ def script_parts(args, name):
     path, own, _ = SCRIPTS[name]
     script, latent = load(path), name == "active_vem"
     sizes = {key: value for key, value in QUICK_SCRIPT.items() if args.quick and hasattr(script.Args, key)}
-    flags = script.Args(trials=args.trials, device=args.device, **own | sizes)
+    flags = script.Args(trials=args.trials, device=args.device, cuda_graph=args.cuda_graph, **own | sizes)
     envs = script.make_envs("Pendulum-v1" if latent else "HalfCheetah-v5", args.trials)
     dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = script.Agent(dataclasses.replace(flags), *dims)
@@ -615,6 +617,8 @@ def refusal(args, out):
     for device in args.device.split(","):
         if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
             return f"--device {device}: not there; use cpu, cuda or cpu,cuda"
+    if args.cuda_graph and (args.device != "cuda" or args.compare == "growth"):
+        return "--cuda-graph: needs --device cuda, and another comparison than growth"
     unknown = [name for name in args.scripts if name not in SCRIPTS]
     if unknown or not args.scripts:
         return f"--scripts {' '.join(unknown)}: known are {', '.join(SCRIPTS)}"
@@ -654,7 +658,7 @@ def main(args):
     if args.quick:
         args = dataclasses.replace(args, **{name: min(getattr(args, name), most) for name, most in QUICK.items()})
     if args.compare != "growth":
-        name = f"speed_{args.compare}{'_processes' if args.processes else ''}.csv"
+        name = f"speed_{args.compare}{'_processes' * args.processes}{'_graph' * args.cuda_graph}.csv"
         write(out / "results" / name, (scripts if args.compare == "scripts" else peers)(args))
         return 0
     for what in [] if args.from_csv else GROWTH:

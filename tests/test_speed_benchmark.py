@@ -181,7 +181,7 @@ def test_full_sizes_are_those_asked_for():
     ({"scripts": ()}, "--scripts"),
     ({"device": "abacus"}, "--device abacus"), ({"device": "cpu,"}, "--device"), ({"out_dir": ""}, "--quick"),
     ({"from_csv": True}, "--from-csv"), ({"compare": "growth", "from_csv": True}, "--from-csv"),
-    ({"out_dir": "file"}, "--out-dir"),
+    ({"out_dir": "file"}, "--out-dir"), ({"cuda_graph": True}, "--cuda-graph"),
 ], ids=str)
 def test_refuses_in_one_line(tmp_path, capsys, monkeypatch, flags, named):
     (tmp_path / "file").write_text("")
