@@ -1,16 +1,20 @@
-"""One figure and one csv from several runs: a panel per metric, mean and one standard deviation over the trials.
+"""One figure and one csv from several runs: a panel per task and metric, mean and one standard deviation over the trials.
 
+    python benchmarks/figures.py --experiment quick_fig5                     # all runs that `grid.py quick_fig5` has left
     python benchmarks/figures.py --name inverted_pendulum --runs runs/InvertedPendulum-v4/* \
         --metrics eval/return model/beta model/kl
 
-writes benchmarks/results/inverted_pendulum.csv (label,step,trial,metric,value) and benchmarks/figures/inverted_pendulum.png.
+writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an experiment's NAME is
+its own. Runs that share task and label are further trials of one curve, which ends where not all of them go on.
 `--from-csv` draws the figure again from the committed csv, without the runs.
 """
 
 import csv
 import dataclasses
 import importlib.util
+import json
 import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
@@ -41,29 +45,65 @@ PUBLISHED = {
 
 @dataclasses.dataclass
 class Args:
-    name: str  # the figure's and the csv's name
+    name: str = ""  # the figure's and the csv's name; default: the experiment
+    experiment: str = ""  # of experiments.toml, whose runs are drawn under their labels
+    runs_dir: str = "runs/grid"  # where grid.py has put them
     runs: tuple[str, ...] = ()  # run directories, in the order of the legend
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
-    metrics: tuple[str, ...] = ("eval/return",)  # one panel each
-    reference: str = ""  # a task whose published points are drawn behind the return
+    metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
+    reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials, or interquartile mean and 95 % bootstrap interval
     from_csv: bool = False  # draw from the committed csv
 
 
+def fail(message):
+    """Print one line and exit with code 2."""
+    print(f"figures.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def runs_of(args):
+    """Run directories and their labels: those asked for, then the experiment's."""
+    labels = args.labels or [Path(run).name for run in args.runs]
+    if len(labels) != len(args.runs):
+        fail("--labels: one per run")
+    pairs = [(Path(run), label) for run, label in zip(args.runs, labels)]
+    if args.experiment:
+        table = tomllib.loads((HERE / "experiments.toml").read_text())
+        if "runs" not in table.get(args.experiment, {}):
+            fail(f"--experiment {args.experiment}: known are {', '.join(name for name in table if 'runs' in table[name])}")
+        safe = lambda name: name.replace("/", "_").replace(" ", "_")
+        for env in table[args.experiment]["envs"]:
+            for label in table[args.experiment]["runs"]:
+                found = sorted((Path(args.runs_dir) / args.experiment / safe(env)).glob(f"{safe(label)}_s*/metrics.csv"))
+                pairs += [(path.parent, label) for path in found]
+        if not pairs:
+            fail(f"--runs-dir {args.runs_dir}: no run of {args.experiment} there")
+    missing = [str(run) for run, _ in pairs if not (run / "metrics.csv").is_file()]
+    if missing or not pairs:
+        fail(f"--runs {' '.join(missing)}: no metrics.csv there" if missing else
+             "--runs: name at least one run directory, or use --experiment or --from-csv")
+    return pairs
+
+
 def read(args):
-    """Rows label, step, trial, metric, value of the metrics asked for; at most about 100 steps per curve, six digits."""
-    rows = []
-    for run, label in zip(args.runs, args.labels or [Path(run).name for run in args.runs], strict=True):
+    """Rows task, label, step, trial, metric, value of the metrics asked for; at most about 100 steps per curve, six digits."""
+    rows, trials = [], defaultdict(int)
+    for run, label in runs_of(args):
+        settings = run / "args.json"
+        task = json.loads(settings.read_text())["env_id"] if settings.is_file() else ""
         found = defaultdict(list)
-        for row in csv.DictReader((Path(run) / "metrics.csv").open()):
+        for row in csv.DictReader((run / "metrics.csv").open()):
             if row["metric"] in args.metrics:
                 found[row["metric"]].append((int(row["step"]), int(row["trial"]), float(row["value"])))
         for metric, values in found.items():
             steps = sorted({step for step, *_ in values})
             keep = set(steps[:: max(1, len(steps) // 100)]) | {steps[-1]}
-            rows += [(label, step, trial, metric, f"{value:.5g}") for step, trial, value in values if step in keep]
+            rows += [(task, label, step, trials[task, label] + trial, metric, f"{value:.5g}")
+                     for step, trial, value in values if step in keep]
+        trials[task, label] += 1 + max((trial for values in found.values() for _, trial, _ in values), default=-1)
     return rows
 
 
@@ -80,70 +120,78 @@ def spread(values, aggregate):
 
 
 def draw(args, rows, path):
-    columns = min(3, len(args.metrics))
-    lines = -(-len(args.metrics) // columns)
+    tasks, labels = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    panels = [(task, metric) for task in tasks for metric in args.metrics]
+    columns = min(3, len(panels)) if 1 in (len(tasks), len(args.metrics)) else len(args.metrics)
+    lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.2 * lines + 0.4), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    labels = list(dict.fromkeys(row[0] for row in rows))
-    for axis, metric in zip(axes, args.metrics):
+    for axis, (task, metric) in zip(axes, panels):
         for i, label in enumerate(labels):
             curve = defaultdict(list)
-            for _, step, _, _, value in (row for row in rows if row[0] == label and row[3] == metric):
+            for *_, step, _, _, value in (row for row in rows if (row[0], row[1], row[4]) == (task, label, metric)):
                 curve[int(step)].append(float(value))
             if not curve:
                 continue
+            most = max(len(values) for values in curve.values())
+            curve = {step: values for step, values in sorted(curve.items()) if len(values) == most}
             steps, values = list(curve), np.array(list(curve.values()))  # (steps, trials)
             if metric in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
                 mean, low, high = (np.exp(x) for x in spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
             else:
                 mean, low, high = spread(values, args.aggregate)
-            axis.plot(steps, mean, color=f"C{i}", label=label)
+            style = {"color": f"C{i}", "linestyle": "-" if i < 10 else "--"}
+            axis.plot(steps, mean, label=label, **style)
             axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         if metric in LOG_METRICS:
             axis.set_yscale("log")
         if metric == "model/kl" and args.budget:
             axis.axhline(args.budget, color="black", linestyle=":", linewidth=1)
-        if metric == "eval/return" and args.reference:
-            last = max(int(row[1]) for row in rows)
-            for (name, points), marker in zip(PUBLISHED[args.reference].items(), "os"):
+        if metric == "eval/return":
+            last = max(int(row[2]) for row in rows if row[0] == task)
+            for (name, points), marker in zip(PUBLISHED.get(args.reference or task, {}).items(), "os"):
                 points = [(step, *point) for step, point in points.items() if step <= 1.5 * last]
                 if points:
                     step, mean, std = zip(*points)
                     axis.errorbar(step, mean, std, fmt=marker, color="grey", capsize=3, zorder=0, label=f"{name}, published")
-        axis.set(xlabel="environment steps per trial", title=NAMES.get(metric, metric))
-    for axis in axes[len(args.metrics) :]:
+        name = NAMES.get(metric, metric)
+        axis.set(xlabel="environment steps per trial", title=f"{task}: {name}" if len(tasks) > 1 else name)
+    for axis in axes[len(panels) :]:
         axis.remove()
-    axes[0].legend(fontsize=8)
-    figure.suptitle(args.title or args.name)
+    axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
+    figure.suptitle(args.title or (f"{args.name}, {tasks[0]}" if len(tasks) == 1 and tasks[0] else args.name))
     figure.savefig(path, dpi=120)
 
 
 def main(args):
+    asked = args.metrics
+    args = dataclasses.replace(args, name=args.name or args.experiment, metrics=args.metrics or ("eval/return",))
     table, picture = HERE / "results" / f"{args.name}.csv", HERE / "figures" / f"{args.name}.png"
-    missing = [run for run in args.runs if not (Path(run) / "metrics.csv").is_file()]
-    for refused, message in (
-        (missing, f"--runs {' '.join(missing)}: no metrics.csv there"),
-        (not args.from_csv and not args.runs, "--runs: name at least one run directory, or use --from-csv"),
-        (args.from_csv and not table.is_file(), f"--from-csv: there is no {table.name} among the results"),
-        (args.labels and len(args.labels) != len(args.runs), "--labels: one per run"),
-        (args.aggregate == "iqm" and not importlib.util.find_spec("rliable"),
-         "--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)"),
-        (args.reference and args.reference not in PUBLISHED, f"--reference {args.reference}: known are {', '.join(PUBLISHED)}"),
-    ):
-        if refused:
-            print(f"figures.py: error: {message}", file=sys.stderr)
-            return 2
+    if not args.name:
+        fail("--name: how the figure and the csv are called; or name an --experiment")
+    if args.from_csv and not table.is_file():
+        fail(f"--from-csv: there is no {table.name} among the results")
+    if args.reference and args.reference not in PUBLISHED:
+        fail(f"--reference {args.reference}: known are {', '.join(PUBLISHED)}")
+    if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
+        fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
     if args.from_csv:
-        rows = [tuple(row.values()) for row in csv.DictReader(table.open())]
+        rows = [tuple(({"task": ""} | row).values()) for row in csv.DictReader(table.open())]
+        args = dataclasses.replace(args, metrics=asked or tuple(dict.fromkeys(row[4] for row in rows)))
     else:
         rows = read(args)
         with table.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([("label", "step", "trial", "metric", "value"), *rows])
+            csv.writer(file, lineterminator="\n").writerows([("task", "label", "step", "trial", "metric", "value"), *rows])
     draw(args, rows, picture)
-    for label in dict.fromkeys(row[0] for row in rows):
-        last = max((int(row[1]) for row in rows if row[0] == label and row[3] == "eval/return"), default=None)
-        returns = [float(row[4]) for row in rows if row[0] == label and row[3] == "eval/return" and int(row[1]) == last]
-        print(f"{label}: return at step {last}: {np.mean(returns):.1f} ± {np.std(returns):.1f} ({', '.join(f'{r:.0f}' for r in returns)})")
+    for task, label in dict.fromkeys(row[:2] for row in rows):
+        returns = defaultdict(list)
+        for *which, step, _, metric, value in rows:
+            if (*which, metric) == (task, label, "eval/return"):
+                returns[int(step)].append(float(value))
+        if returns:
+            step, last = max(returns.items())
+            print(f"{task} {label}: return at step {step}: {np.mean(last):.1f} ± {np.std(last):.1f} "
+                  f"({', '.join(f'{value:.0f}' for value in last)})".lstrip())
     print(f"{table}\n{picture}")
     return 0
 

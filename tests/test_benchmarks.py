@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_figure_and_thinned_csv(here, capsys):
-    flags = {"name": "made_up", "metrics": ("eval/return", "model/kl"), "labels": ("A", "B"), "reference": "Hopper-v4"}
+    flags = {"name": "made_up", "metrics": ("eval/return", "model/kl"), "labels": ("A", "B")}
     assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), **flags)) == 0
     rows = list(csv.DictReader((here / "results/made_up.csv").open()))
     steps = {int(row["step"]) for row in rows}
@@ -40,19 +41,48 @@ def test_figure_and_thinned_csv(here, capsys):
     assert "A: return at step 3000: 3000.5 ± 0.5 (3000, 3001)" in capsys.readouterr().out
     picture = (here / "figures/made_up.png").read_bytes()
     (here / "figures/made_up.png").unlink()
-    assert FIGURES.main(FIGURES.Args(from_csv=True, **(flags | {"labels": ()}))) == 0
+    assert FIGURES.main(FIGURES.Args(from_csv=True, name="made_up")) == 0
     assert (here / "figures/made_up.png").read_bytes() == picture
 
 
+def test_figure_of_an_experiment(here, monkeypatch):
+    """A panel per task, published points where there are any; runs that share task and label are trials of one curve."""
+    (here / "experiments.toml").write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\n[made_up.runs]\n"x y" = "s.py"\n"β" = "s.py"\n')
+    for env in ("Hopper-v4", "b/B-v0"):
+        for run in ("x_y_s1", "x_y_s2", "β_s1"):
+            place = here / "runs/made_up" / env.replace("/", "_") / run
+            place.mkdir(parents=True)
+            (place / "args.json").write_text(json.dumps({"env_id": env}))
+            steps = range(10_000, 40_000, 10_000) if run == "x_y_s2" else range(10_000, 60_000, 10_000)
+            lines = [f"{step},{trial},eval/return,{step + trial}" for step in steps for trial in (0, 1)]
+            (place / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(lines) + "\n")
+    drawn = []
+    monkeypatch.setattr(FIGURES.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    assert FIGURES.main(FIGURES.Args(experiment="made_up", runs_dir=str(here / "runs"))) == 0
+    rows = list(csv.DictReader((here / "results/made_up.csv").open()))
+    assert {row["task"] for row in rows} == {"Hopper-v4", "b/B-v0"} and {row["label"] for row in rows} == {"x y", "β"}
+    assert {row["trial"] for row in rows if row["label"] == "x y"} == {*"0123"} and {row["trial"] for row in rows if row["label"] == "β"} == {*"01"}
+    hopper, other = drawn[0].axes
+    assert hopper.get_title() == "Hopper-v4: evaluation return" and other.get_title() == "b/B-v0: evaluation return"
+    lines = {line.get_label(): line.get_xdata() for line in other.get_lines()}
+    assert [*lines["x y"]] == [10_000, 20_000, 30_000] and [*lines["β"]] == [*range(10_000, 60_000, 10_000)]
+    published = [container.get_label() for container in hopper.containers]
+    assert published == ["MBPO, published"] and not other.containers
+
+
 @pytest.mark.parametrize("flags, named", [
-    ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs"), ({"from_csv": True}, "--from-csv"),
-    ({"runs": ("one",), "labels": ("A", "B")}, "--labels"), ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"),
+    ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs"), ({"from_csv": True}, "--from-csv"), ({"name": "", "runs": ("one",)}, "--name"),
+    ({"runs": ("one",), "labels": ("A", "B")}, "--labels"), ({"experiment": "made_up"}, "--runs-dir"),
+    ({"experiment": "parts"}, "--experiment parts: known are made_up"), ({"experiment": "nothing"}, "--experiment nothing"),
+    ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"),
 ], ids=str)
 def test_figures_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(here)
-    assert FIGURES.main(FIGURES.Args(name="made_up", **flags)) == 2
+    (here / "experiments.toml").write_text('[made_up]\nenvs = ["A-v0"]\n[made_up.runs]\n"x" = "s.py"\n[parts]\nparts = ["made_up"]\n')
+    with pytest.raises(SystemExit) as stopped:
+        FIGURES.main(FIGURES.Args(**{"name": "made_up"} | flags))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and named in lines[0] and not list((here / "results").iterdir())
+    assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0] and not list((here / "results").iterdir())
 
 
 @pytest.mark.parametrize("flags, named", [
