@@ -111,6 +111,7 @@ class Args:
     model_layers: int = 4  # hidden layers of the dynamics
     model_learning_rate: float = 1e-3  # Adam's, of the dynamics
     model_lr_decay: bool = True  # let that rate fall to zero within each fit, linearly
+    variance_weight: float = 0.0  # a likelihood counts by variance to this power; 0.5 where large rewards are rare
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
@@ -133,7 +134,8 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
-         "tau": (0, 1), "real_ratio": (0, 1), "beta": (BETA_MIN, math.inf)}  # else counts from 1, numbers above 0
+         "tau": (0, 1), "real_ratio": (0, 1), "variance_weight": (0, 1),
+         "beta": (BETA_MIN, math.inf)}  # else counts from 1, numbers above 0
 RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
              "wandb_project", "resume", "evaluate", "capture_video"}
 
@@ -441,7 +443,10 @@ class Agent(nn.Module):
         obs, action, reward, next_obs, terminated, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(obs, action)  # (2, ensemble, trials, n, out)
-        prior_nll, posterior_nll = ((target - mean).square() * (-log_var).exp() + log_var).unbind(0)
+        nll = (target - mean).square() * (-log_var).exp() + log_var
+        if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
+            nll = nll * (self.args.variance_weight * log_var.detach()).exp()
+        prior_nll, posterior_nll = nll.unbind(0)
         loss = prior_nll.mean((-2, -1)).sum()  # eq. (10)
         loss = loss + (weights * posterior_nll).mean((-2, -1)).sum()  # eq. (11)
         loss = loss + 0.01 / self.args.ensemble_size * (self.model.max_log_var - self.model.min_log_var).sum()

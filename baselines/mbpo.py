@@ -91,6 +91,7 @@ class Args:
     model_dim: int = 200  # width of the dynamics' hidden layers
     model_layers: int = 4  # hidden layers of the dynamics
     model_learning_rate: float = 1e-3  # Adam's, of the dynamics
+    variance_weight: float = 0.0  # a likelihood counts by variance to this power; 0.5 where large rewards are rare
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit; 0: until no member has improved for five passes
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
@@ -105,7 +106,8 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
-         "tau": (0, 1), "real_ratio": (0, 1), "epochs": (0, math.inf)}  # else counts from 1, numbers above 0
+         "tau": (0, 1), "real_ratio": (0, 1), "variance_weight": (0, 1),
+         "epochs": (0, math.inf)}  # else counts from 1, numbers above 0
 RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
              "wandb_project", "resume", "evaluate", "capture_video"}
 
@@ -390,7 +392,10 @@ class Agent(nn.Module):
         obs, action, reward, next_obs, terminated = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(obs, action)  # (ensemble, trials, n, out)
-        loss = ((target - mean).square() * (-log_var).exp() + log_var).mean((-2, -1)).sum()
+        nll = (target - mean).square() * (-log_var).exp() + log_var
+        if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
+            nll = nll * (self.args.variance_weight * log_var.detach()).exp()
+        loss = nll.mean((-2, -1)).sum()
         loss = loss + 0.01 / self.args.ensemble_size * (self.model.max_log_var - self.model.min_log_var).sum()
         logit = self.terminator(self.states(next_obs[0]))
         return loss + F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="none").mean((-2, -1)).sum()

@@ -159,6 +159,24 @@ def test_posterior_loss_is_the_weighted_likelihood(script):
     assert (loss - zero).item() == pytest.approx((-2 * weights * log_prob).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("script", [MBPO, *VARIATIONAL], ids=name)
+def test_variance_weight(script, power, monkeypatch):
+    """β-NLL: the error of a mean counts by var^(power − 1), at 1 as in least squares; where a variance rests stays."""
+    agent, buffer, _ = build(script, ensemble_size=1, num_elites=1, variance_weight=power)
+    fill(script, buffer)
+    batch = [column[None] for column in buffer.storage[:, :50].split(buffer.widths, -1)]
+    target = torch.cat([batch[3] - batch[0], batch[2]], -1)
+    shape = target.shape if script is MBPO else (2, *target.shape)
+    mean, log_var = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    monkeypatch.setattr(agent, "moments", lambda obs, action: (mean, log_var))
+    agent.model_loss(batch, *([] if script is MBPO else [torch.ones(1, 1, 50, 1)])).backward()
+    error, count = (mean - target).detach(), target[0, 0].numel()
+    torch.testing.assert_close(mean.grad, 2 * error * ((power - 1) * log_var.detach()).exp() / count)
+    rests = (log_var.detach() - error.square().log()).sign()  # above the squared error it falls, below it rises
+    torch.testing.assert_close(log_var.grad.sign(), rests)
+
+
 @pytest.mark.parametrize("estimator", ["mixture", "matched"])
 def test_divergence_against_distributions(estimator):
     """Summed over the dimensions of the state, without the reward, averaged over states (and pairs of members)."""
