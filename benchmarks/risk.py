@@ -8,6 +8,10 @@ s' = s + a + N(0, 0.5²) in the box [-7, 7]², −0.1 per step. Leaving to the l
 100 |x| / 7: the most in the corners, a step away from what costs most. An optimist goes for the corner, a cautious agent
 leaves where it pays less. Episodes begin at the centre and end after 100 steps. For every run: the mean return, the mean of the
 worst tenth, where paths leave, and |x| there, all over `--episodes` episodes of the deterministic policy.
+
+Rewards here are −0.1 but for the few that are of the size of 100. A Gaussian likelihood then fits the many, with a variance that goes
+to its lower bound, and leaves the mean near the edges where it was: after 3,000 minibatches on 660 exits it was −5 where it should be
+−84. With `--variance-weight 0.5` it is −78 to −93; the runs of `grid.py risk` have it.
 """
 
 import csv
