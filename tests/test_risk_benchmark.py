@@ -1,6 +1,7 @@
 """benchmarks/risk.py: the task's numbers, its optimum against a simulation of the policy it implies, the analysis of a run."""
 
 import csv
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,3 +89,19 @@ def test_the_scripts_find_the_task(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     args = load_script("beta_vmbpo").parse_args(["--env-id", "benchmarks.risk:RiskyEdge-v0", "--run-dir", "none-such"])
     assert args.env_id == "benchmarks.risk:RiskyEdge-v0"
+
+
+def test_reward_fit(tmp_path, monkeypatch, capsys):
+    """True rewards against the normal distribution's; the fits, of a few rows here, have the same places."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(RISK, "HERE", tmp_path)
+    monkeypatch.setattr(RISK, "load_script", lambda name: load_script("baselines/mbpo"))
+    assert RISK.main(RISK.Args(reward_fit=True, steps=400, batches=2)) == 0
+    rows = [*csv.DictReader((tmp_path / "results/risk_reward_fit.csv").open())]
+    rewards = {(row["weight"], float(row["x"]), float(row["y"])): float(row["reward"]) for row in rows}
+    assert len(rows) == 4 * len(RISK.PLACES) and {row["weight"] for row in rows} == {"true", "0", "0.5", "1"}
+    beyond = 0.5 * (1 + math.erf(1 / 2**0.5))  # a move by 1 towards an edge half a step away, noise 0.5: one deviation beyond
+    assert rewards["true", 6.5, 0] == pytest.approx(-100 * beyond - 0.1, abs=1) and rewards["true", 0, 0] == -0.1
+    assert rewards["true", 5, -6.5] == pytest.approx(rewards["true", -5, -6.5], abs=1)
+    for flags in ({"steps": 10}, {"batches": 0}):
+        assert RISK.main(RISK.Args(reward_fit=True, **flags)) == 2 and "--steps counts from 300" in capsys.readouterr().err
