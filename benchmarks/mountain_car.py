@@ -1,14 +1,14 @@
 """Fig. 4 of the β-VMBPO paper: what a policy does in its own learned dynamics, and what it does in the real ones.
 
     python benchmarks/grid.py mountain_car                                     # trains; random actions are held at first
-    python benchmarks/mountain_car.py --runs RUN RUN --labels VMBPO β-VMBPO    # writes results/ and figures/mountain_car
+    python benchmarks/mountain_car.py --runs RUN RUN --labels VMBPO β-VMBPO    # writes results/mountain_car*, figures/
     python benchmarks/mountain_car.py --from-csv                               # draws the figure again
 
 Mean trajectories (position, velocity) of the deterministic policy on MountainCarContinuous-v0, under the true dynamics and under
 the learned ones that its actor and critic were trained in (q of the variational scripts, p of MBPO). Optimism is told from
 mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus V(s') of the real next state, from
 the same states and actions; an optimistic model has a positive gap, whatever the policy. The policy's mean standard
-deviation says whether its entropy has collapsed.
+deviation says whether its entropy has collapsed. A mean trajectory ends where half of its episodes have ended.
 """
 
 import csv
@@ -127,7 +127,7 @@ def main(args):
     if args.from_csv:
         draw([*csv.DictReader(path.open())])
         return 0
-    rows = []
+    rows, returns_of = [], []
     for run, label in zip(args.runs, args.labels):
         agent, saved = load_agent(run)
         torch.manual_seed(0)
@@ -138,16 +138,22 @@ def main(args):
             for trial in range(saved.trials):
                 print(f"{label}, trial {trial}, {dynamics} dynamics: return {returns[trial].mean():.1f} ± {returns[trial].std():.1f}, "
                       f"the goal in {100 * (best[trial] >= GOAL).float().mean():.0f} % of {args.episodes} episodes", flush=True)
-                mean = paths[dynamics][trial].nanmean(0)
+                going_on = (~paths[dynamics][trial, :, :, 0].isnan()).sum(0).tolist()
                 rows += [{"label": label, "trial": trial, "dynamics": dynamics, "step": t, "position": f"{x:.4f}",
-                          "velocity": f"{v:.5f}", "alive": int((~paths[dynamics][trial, :, t, 0].isnan()).sum())}
-                         for t, (x, v) in enumerate(mean.tolist()) if t % 5 == 0 and x == x]
+                          "velocity": f"{v:.5f}", "alive": alive}
+                         for t, ((x, v), alive) in enumerate(zip(paths[dynamics][trial].nanmean(0).tolist(), going_on))
+                         if 2 * alive >= args.episodes and (t < 200 or t % 20 == 0)]
+                returns_of.append({"label": label, "trial": trial, "dynamics": dynamics, "return": f"{returns[trial].mean():.4g}",
+                                   "std": f"{returns[trial].std():.4g}", "goal": f"{(best[trial] >= GOAL).float().mean():.3g}"})
         for trial, (gap, std) in enumerate(zip(*(x.tolist() for x in value_gap(agent, paths["true"])))):
+            returns_of.append({"label": label, "trial": trial, "value_gap": f"{gap:.3g}", "policy_std": f"{std:.3g}"})
             print(f"{label}, trial {trial}: one-step value gap {gap:.3g}, standard deviation of the policy {std:.3g}", flush=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = "label", "trial", "dynamics", "return", "std", "goal", "value_gap", "policy_std"
+    for place, names, table in ((path, rows[0].keys(), rows), (path.with_stem("mountain_car_returns"), columns, returns_of)):
+        with place.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
     draw([{key: str(value) for key, value in row.items()} for row in rows])
     return 0
 

@@ -1,5 +1,6 @@
 """benchmarks/mountain_car.py: the task's dynamics, trajectories and the value gap against what is known."""
 
+import csv
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +58,10 @@ def test_figure_and_table(tmp_path, monkeypatch, capsys):
     flags = {"runs": (str(tmp_path / "run"),), "labels": ("new",), "episodes": 3}
     assert CAR.main(CAR.Args(**flags)) == 0
     assert capsys.readouterr().out.count("value gap") == 2
+    rows = [*csv.DictReader((tmp_path / "results/mountain_car.csv").open())]
+    assert {row["dynamics"] for row in rows} == {"true", "learned"} and all(2 * int(row["alive"]) >= 3 for row in rows)
+    returns = [*csv.DictReader((tmp_path / "results/mountain_car_returns.csv").open())]
+    assert len(returns) == 6 and sum(row["value_gap"] != "" for row in returns) == 2
     picture = (tmp_path / "figures/mountain_car.png").read_bytes()
     assert CAR.main(CAR.Args(from_csv=True)) == 0 and (tmp_path / "figures/mountain_car.png").read_bytes() == picture
     for wrong, named in (({"runs": ()}, "--runs"), ({"labels": ()}, "--labels"), ({"episodes": 0}, "--episodes")):
