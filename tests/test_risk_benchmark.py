@@ -79,7 +79,7 @@ def test_table_of_a_run(tmp_path, monkeypatch, capsys):
     assert [row["trial"] for row in rows] == ["0", "1"] and (tmp_path / "figures/risk.png").exists()
     assert all(sum(float(row[way]) for way in ("left", "right", "top", "bottom", "nowhere")) == pytest.approx(1) for row in rows)
     for wrong, named in (({"runs": ()}, "--runs"), ({"runs": ("none",)}, "--runs none"), ({"labels": ()}, "--labels"),
-                         ({"episodes": 0}, "--episodes")):
+                         ({"episodes": 0}, "--episodes"), ({"optimum": True, "gamma": 1.1}, "--gamma 1.1")):
         assert RISK.main(RISK.Args(**{"runs": (str(tmp_path / "run"),), "labels": ("new",)} | wrong)) == 2
         assert named in capsys.readouterr().err
 
