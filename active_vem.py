@@ -117,6 +117,7 @@ class Args:
     model_dim: int = 64  # width of the dynamics' hidden layers
     model_learning_rate: float | None = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
     max_grad_norm: float | None = None  # length that a network's gradient is cut to; default: 10, discriminative 0.3
+    variance_weight: float = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
     marginal_weight: float = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: int = 8  # importance samples K of the marginal term
     marginal_anneal_steps: int = 0  # updates in which w grows linearly to its value
@@ -134,9 +135,9 @@ class Args:
 
 
 RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
-         "tau": (0, 1), "noise": (0, math.inf), "first_updates": (0, math.inf), "marginal_weight": (0, math.inf),
-         "marginal_anneal_steps": (0, math.inf), "plan_horizon": (0, math.inf), "plan_iters": (0, math.inf),
-         "plan_samples": (2, math.inf), "info_weight": (-math.inf, math.inf),
+         "tau": (0, 1), "noise": (0, math.inf), "first_updates": (0, math.inf), "variance_weight": (0, 1),
+         "marginal_weight": (0, math.inf), "marginal_anneal_steps": (0, math.inf), "plan_horizon": (0, math.inf),
+         "plan_iters": (0, math.inf), "plan_samples": (2, math.inf), "info_weight": (-math.inf, math.inf),
          "prior_mix": (0, 1)}  # else counts from 1, numbers above 0
 RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
              "wandb_project", "resume", "evaluate", "capture_video"}
@@ -618,11 +619,14 @@ class Agent(nn.Module):
 
     def bound_terms(self, before, latents, posterior, actions, percepts):
         """The terms of (6) or (8) on z_t: log-likelihood, marginal, KL, each (trials, n, 1)."""
+        prior = self.latent_prior(before, actions, *([] if self.generative else [percepts]))
+        if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022): only the gradients of p's moments change
+            weight = (2 * self.args.variance_weight * prior[1].detach()).exp()
+            prior = [x.detach() + weight * (x - x.detach()) for x in prior]
+        kl = divergence(*posterior, *prior)  # eq. (6, 8)
         if not self.generative:
-            kl = divergence(*posterior, *self.latent_prior(before, actions, percepts))  # eq. (6)
             return torch.zeros_like(kl), torch.zeros_like(kl), kl
         log_likelihood = self.log_likelihood(latents, percepts)  # eq. (8)
-        kl = divergence(*posterior, *self.latent_prior(before, actions))  # eq. (8)
         if self.args.marginal_weight == 0:
             return log_likelihood, torch.zeros_like(kl), kl
         return log_likelihood, log_mean_exp(self.log_weights(before, actions, percepts, posterior)), kl  # eq. (8)

@@ -111,7 +111,7 @@ class Args:
     model_layers: int = 4  # hidden layers of the dynamics
     model_learning_rate: float = 1e-3  # Adam's, of the dynamics
     model_lr_decay: bool = True  # let that rate fall to zero within each fit, linearly
-    variance_weight: float = 0.0  # a likelihood counts by variance to this power; 0.5 where large rewards are rare
+    variance_weight: float = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few

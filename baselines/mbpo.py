@@ -91,7 +91,7 @@ class Args:
     model_dim: int = 200  # width of the dynamics' hidden layers
     model_layers: int = 4  # hidden layers of the dynamics
     model_learning_rate: float = 1e-3  # Adam's, of the dynamics
-    variance_weight: float = 0.0  # a likelihood counts by variance to this power; 0.5 where large rewards are rare
+    variance_weight: float = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
     fit_every: int = 250  # environment steps between fits
     epochs: int = 5  # passes over the data per fit; 0: until no member has improved for five passes
     min_first_batches: int = 400  # minibatches of the first fit at least: five passes over a small buffer are too few

@@ -246,6 +246,23 @@ def test_marginal_weight_anneals():
     assert float(build(marginal_weight=0.8).marginal_weight()) == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("name", ["generative", "discriminative"])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_variance_weight(name, power):
+    """The KL and its pull on q stay as they are; p's mean feels an error times var^(power − 1), at 1 least squares."""
+    agent = build(agent=name, variance_weight=power)
+    q_mean, q_log_std, mean, log_std = (torch.randn(1, 8, 4, requires_grad=True) for _ in range(4))
+    replace(agent, latent_prior=lambda *columns: (mean, log_std))
+    before, latents, actions, percepts = (torch.randn(1, 8, width) for width in (4, 4, 1, 3))
+    kl = agent.bound_terms(before, latents, (q_mean, q_log_std), actions, percepts)[2]
+    exact = kl_divergence(Normal(q_mean, q_log_std.exp()), Normal(mean, log_std.exp())).sum(-1, keepdim=True)
+    torch.testing.assert_close(kl, exact)
+    grads, wanted = (torch.autograd.grad(x.sum(), (q_mean, q_log_std, mean, log_std)) for x in (kl, exact))
+    weight = (2 * power * log_std).exp()
+    torch.testing.assert_close(grads, (*wanted[:2], wanted[2] * weight, wanted[3] * weight))
+    torch.testing.assert_close(grads[2], (mean - q_mean) * (2 * (power - 1) * log_std).exp())
+
+
 def test_generative_bound_at_full_weight_is_the_discriminative_one():
     """(8) at w = 1 equals (6) when the discriminative prior is the Bayes posterior, for any q."""
     actions, percepts = sequence()
