@@ -312,8 +312,8 @@ def true_velocity(task):
 @torch.no_grad()
 def record(agent, saved, deterministic=False):
     """Episodes on the seeds of the script's evaluation, with actions drawn from q: name -> (trials, steps, episodes, ·)
-    of obs, the reward received with it, the mean latent state inferred then, the action and the true velocity then, and
-    alive, 1 where the episode was not over yet."""
+    of obs, the reward received with it, the latent state inferred then (its mean, and with noise as in training), the
+    action and the true velocity then, and alive, 1 where the episode was not over yet."""
     envs = VEM.make_tasks(saved, saved.trials * saved.eval_episodes)
     obs, _ = envs.reset(seed=[saved.seed + 10_000 + i for i in range(envs.num_envs)])
     column = lambda x: torch.as_tensor(np.array(x), dtype=torch.float32).view(saved.trials, saved.eval_episodes, -1)
@@ -321,12 +321,14 @@ def record(agent, saved, deterministic=False):
         refuse(f"--runs: the true velocity can be read of {', '.join(TASKS)}, not of {saved.env_id}")
     alive, tape = np.ones(envs.num_envs, bool), defaultdict(list)
     latent, action, reward = agent.begin(saved.eval_episodes)
+    noisy = latent
     while alive.any():
         velocity = column([true_velocity(env.unwrapped) for env in envs.envs])
+        noisy = agent.perceive(noisy, action, column(obs), reward)
         latent = agent.perceive(latent, action, column(obs), reward, noise=torch.zeros_like(latent))
         action = agent.act(latent, "posterior", deterministic)
-        for name, value in (("obs", column(obs)), ("reward", reward), ("latent", latent), ("action", action),
-                            ("velocity", velocity), ("alive", column(alive))):
+        for name, value in (("obs", column(obs)), ("reward", reward), ("latent", latent), ("noisy", noisy),
+                            ("action", action), ("velocity", velocity), ("alive", column(alive))):
             tape[name].append(value)
         obs, reward, terminated, truncated, _ = envs.step(action.flatten(0, 1).numpy())
         reward, alive = column(reward), alive & ~(terminated | truncated)
@@ -372,14 +374,15 @@ def predict(agent, tape, after, samples):
 
 
 def velocity_rows(args, label, run):
-    """R² per trial from z, and from the observation alone. Of the middle trial, along the episode in which the velocity
-    varies most: the true and the decoded velocity, and the open-loop prediction. Of all episodes: the share of the
-    observations that lie within two standard deviations of the prediction."""
+    """R² per trial from the mean of z, from z as training samples it, and from the observation alone. Of the middle
+    trial, along the episode in which the velocity varies most: the true and the decoded velocity, and the open-loop
+    prediction. Of all episodes: the share of the observations within two standard deviations of the prediction."""
     agent, saved, step = open_run(run, args.episodes)
     tape, alive = record(agent, saved), lambda trial, episode: int(tape["alive"][trial, :, episode].sum())
-    found = [(*decode_velocity(tape, trial), decode_velocity(tape, trial, "obs")[0]) for trial in range(saved.trials)]
-    rows = [(label, step, trial, metric, value) for trial, (r2, _, floor) in enumerate(found)
-            for metric, value in (("velocity/r2", r2), ("velocity/r2_observation", floor))]
+    sources = {"velocity/r2": "latent", "velocity/r2_sampled": "noisy", "velocity/r2_observation": "obs"}
+    rows = [(label, step, trial, metric, decode_velocity(tape, trial, source)[0])
+            for trial in range(saved.trials) for metric, source in sources.items()]
+    found = [decode_velocity(tape, trial) for trial in range(saved.trials)]
     trial, half = int(np.argsort([r2 for r2, *_ in found])[(saved.trials - 1) // 2]), args.episodes // 2
     spread = [float(tape["velocity"][trial, : alive(trial, i), i].var(0, correction=0).sum())
               for i in range(half, args.episodes)]
@@ -636,6 +639,8 @@ def draw_velocity(rows, figure):
         for axis in (first, *axes):
             axis.legend(fontsize=7) if axis.lines else axis.remove()
         yield f"{label}: R² of the velocity {number(r2, 3)}, from the observation alone {number(floor, 3)}"
+        if select(rows, "velocity/r2_sampled", label):
+            yield f"{label}: R² from z as it is sampled {number(last(rows, 'velocity/r2_sampled', label), 3)}"
         if select(rows, "prediction/within", label):
             share = number(last(rows, "prediction/within", label), 3)
             yield f"{label}: share of the observations within 2 std of the prediction {share}"

@@ -355,7 +355,8 @@ def test_quick(here, runs_dir, experiment, capsys, monkeypatch):
     if experiment in TRAINED:
         assert {*LATENT.SETTINGS[experiment]} <= labels and {"eval/return", "eval/return_prior"} <= metrics
     expected = {"double_integrator": {"reference"}, "planning": {"return", "ms_per_step", "gap"},
-                "velocity": {"velocity/r2", "velocity/true_0", "velocity/decoded_0", "prediction/mean_0"},
+                "velocity": {"velocity/r2", "velocity/r2_sampled", "velocity/true_0", "velocity/decoded_0",
+                             "prediction/mean_0"},
                 "bound": {"model/bracket", "model/information", "policy/kl"}, "speed": {"ms_per_update"},
                 "weight": {"velocity/r2", "model/bracket"}}
     assert expected.get(experiment, set()) <= metrics
