@@ -627,7 +627,10 @@ def draw_velocity(rows, figure):
             for name, style in (("true", "-"), ("decoded", "--")):
                 series = select(rows, metric.replace("true", name), label)
                 curve(first, series, color=f"C{2 * i + (name == 'decoded')}", linestyle=style, label=name)
-        first.set(title=f"{label}: velocity, R² {number(r2, 3)}", xlabel="step of the episode")
+        sampled = last(rows, "velocity/r2_sampled", label) if select(rows, "velocity/r2_sampled", label) else None
+        title = f"{label}: velocity, R² {number(r2, 3)}"
+        title += "" if sampled is None else f"\nfrom z as it is sampled {number(sampled, 3)}"
+        first.set(title=title, xlabel="step of the episode")
         for i, (axis, metric) in enumerate(zip(axes, dims)):
             mean, std = (select(rows, metric.replace("true", name), label) for name in ("mean", "std"))
             curve(axis, select(rows, metric, label), color="black", label="seen")
@@ -639,8 +642,8 @@ def draw_velocity(rows, figure):
         for axis in (first, *axes):
             axis.legend(fontsize=7) if axis.lines else axis.remove()
         yield f"{label}: R² of the velocity {number(r2, 3)}, from the observation alone {number(floor, 3)}"
-        if select(rows, "velocity/r2_sampled", label):
-            yield f"{label}: R² from z as it is sampled {number(last(rows, 'velocity/r2_sampled', label), 3)}"
+        if sampled is not None:
+            yield f"{label}: R² from z as it is sampled {number(sampled, 3)}"
         if select(rows, "prediction/within", label):
             share = number(last(rows, "prediction/within", label), 3)
             yield f"{label}: share of the observations within 2 std of the prediction {share}"
