@@ -176,6 +176,7 @@ def parse_args(argv=None):
           for name in ("alpha", "max_grad_norm", "model_learning_rate")),
         *((name, getattr(args, name) and args.agent != "generative", "needs --agent generative, which has a model")
           for name in ("marginal_weight", "info_weight", "plan_iters")),
+        ("variance_weight", args.variance_weight and args.agent == "memoryless", "needs an agent with a latent state"),
         ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
         ("wandb", args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "needs the package wandb"),
         ("run_dir", not source and args.run_dir and Path(args.run_dir).exists(), "exists already"),

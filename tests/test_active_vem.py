@@ -811,6 +811,8 @@ def test_noise_is_seeded_by_the_environment():
     ("--alpha nan", ("--alpha nan",)), ("--plan-samples 1", ("--plan-samples 1",)),
     ("--agent discriminative --plan-iters 2", ("--plan-iters", "generative")),
     ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
+    ("--agent memoryless --variance-weight 1", ("--variance-weight", "latent")),
+    ("--variance-weight 2", ("--variance-weight 2", "from 0 to 1")),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -854,7 +856,7 @@ def test_evaluation_follows_the_filter(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [
     {"agent": "discriminative"}, {"agent": "memoryless"}, {"plan_iters": 2, "plan_samples": 4},
-    {"action_prior": "uniform"},
+    {"action_prior": "uniform"}, {"variance_weight": 0.5},
     {"act": "prior", "rollout_policy": "posterior"}, {"plan_horizon": 0}, {"info_weight": 0.1, "info_samples": 2},
     {"marginal_weight": 1, "marginal_samples": 2, "marginal_anneal_steps": 10}, {"noise": 0.1, "prior_mix": 0},
     {"marginal_weight": 0.5, "marginal_proposal": "prior"}, {"alpha": 0.01, "updates_per_step": 2}], ids=str)
