@@ -115,7 +115,7 @@ class Args:
     scale_every: int = 250  # environment steps between fits of the scales of observation and reward
     latent_dim: int = 8  # dimensions of z
     model_dim: int = 64  # width of the dynamics' hidden layers
-    model_learning_rate: float | None = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
+    model_learning_rate: float | None = None  # of the dynamics; default: 3e-3, discriminative 1e-3, as small steps need
     max_grad_norm: float | None = None  # length that a network's gradient is cut to; default: 10, discriminative 0.3
     variance_weight: float = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
     marginal_weight: float = 0.0  # w: weight of the marginal term of (8)
