@@ -47,7 +47,7 @@ BASE = {  # else DOUBLE
     "pendulum": "--env-id=Pendulum-v1 --trials=5 --total-steps=30000",
     "harder": "--env-id=InvertedPendulum-v5 --trials=3 --total-steps=30000 --eval-episodes=5",
     # Random actions never reach the goal unless they are held. A step moves the car by a small part of the spread of
-    # its positions: at the default rate of 3e-3 the model never becomes so exact that it would need a velocity.
+    # its positions: at the default rate of 3e-3 the model hardly becomes so exact that it would need a velocity.
     "mountain_car": "--env-id=MountainCarContinuous-v0 --trials=3 --total-steps=20000 --eval-episodes=5 "
                     "--explore-hold=40 --learning-starts=5000 --save-every=5000 --model-learning-rate=1e-3"}
 HIDDEN = {"velocity hidden": "--mask=velocity", "fully observed": "--mask=none"}
