@@ -18,22 +18,20 @@ within ε nats of p.
     J(ω) = E_model[E_{a~q_ω}[β log q_ω(a|s) − β log π_κ(a|s) − Q(s,a)]],  then κ ← ω                    (13, 14)
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
- 1. γ and a learned probability of termination enter (11) and (12), which have neither. `--termination-fn`: known rule.
- 2. Every fit starts q at p (parameters, Adam moments), shows both the same minibatches and lets their learning rate
-    fall to zero: KL(q‖p) is then the tilt and vanishes as 1/β². Two independent ensembles differ before any tilt, and
-    so do two that Adam leaves at a constant rate: with that floor above ε no β meets it, β runs to its clamp and the
-    method silently is MBPO. `--posterior-init own`: q keeps its own; `--no-model-lr-decay`: a constant rate.
+ 1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
+ 2. Every fit starts q at p (parameters, Adam moments) and shows both the same minibatches at a rate that falls to zero.
+    KL(q‖p) is then the tilt alone and falls as 1/β²; between independent fits it has a floor, and with a floor above ε
+    β runs to its clamp: silently MBPO. `--posterior-init own`, `--no-model-lr-decay`: as in the paper.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
- 4. KL(q‖p) of two ensembles: closed form between the moment-matched Gaussians, summed over the dimensions of the state,
-    averaged over replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
- 5. log β += lr · clip(log(KL/ε)/8, ±1) has the sign and the fixed point of gradient descent on (9). The KL falls about
-    as 1/β² and scatters over orders of magnitude from fit to fit: steps in its logarithm settle, where a step of KL − ε
-    swings β by a factor of two at each fit. `--dual-step adam`: Adam on (9).
+ 4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians, summed over the state's dimensions, averaged over
+    replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
+ 5. log β += lr · clip(log(KL/ε)/8, ±1): sign and fixed point of descent on (9), but steady where the KL scatters over
+    orders of magnitude. `--dual-step adam`: Adam on (9).
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
     `--entropy none`: nothing keeps the policy's standard deviation from falling to its floor.
- 8. (13) prints the target critic; the actor climbs the online one, as in SAC, on which C.1 builds. With κ ← ω after
-    each update the KL in (13) has gradient zero: it is computed only when `--prior-interval` is above 1.
+ 8. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update the KL in (13) has
+    gradient zero: it is computed only when `--prior-interval` is above 1.
  9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
     minibatches in the first fit, 100 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
 
@@ -329,8 +327,7 @@ class Agent(nn.Module):
             "model": adam(groups, args.model_learning_rate),
             "beta": adam([self.log_beta], args.beta_lr),
         }
-        if args.cuda_graph:
-            self.learn = importlib.import_module("tensordict.nn").CudaGraphModule(self.learn)
+        self.learn = captured(self.learn, args)
 
     @property
     def beta(self):
@@ -409,12 +406,12 @@ class Agent(nn.Module):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
         self.fit_statistics(buffer)
-        weights, first_fit = self.transition_weights(buffer), not self.opts["model"].state
+        weights = self.transition_weights(buffer)
         if args.posterior_init == "prior":
             self.start_posterior()
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
-        least = args.min_first_batches if first_fit else args.min_batches
+        least = args.min_batches if self.opts["model"].state else args.min_first_batches
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
         rate = torch.tensor(args.model_learning_rate, device=args.device)
         for group in self.opts["model"].param_groups:
@@ -426,25 +423,20 @@ class Agent(nn.Module):
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
             self.descend("model", self.model_loss(batch, weights[buffer.trial, rows]))
 
-        if args.cuda_graph:
-            step = importlib.import_module("tensordict.nn").CudaGraphModule(step)
+        step = captured(step, args)
         for i in range(batches):
             rate.fill_(args.model_learning_rate * (1 - i / batches if args.model_lr_decay else 1))
             step()
         return self.assess(buffer, weights)
 
-    def hold_out_errors(self, buffer):
-        """Squared errors of p and q in units of the targets' variance: (2, ensemble, trials)."""
+    @torch.no_grad()
+    def assess(self, buffer, weights):
+        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
         held_out = buffer.rows()[:, ::HOLD_OUT_EVERY]
         held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
         obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        return (self.moments(obs, action)[0] - target).square().mean((-2, -1))
-
-    @torch.no_grad()
-    def assess(self, buffer, weights):
-        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
-        prior_error, posterior_error = self.hold_out_errors(buffer)
+        prior_error, posterior_error = (self.moments(obs, action)[0] - target).square().mean((-2, -1))
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
         obs, action, _, next_obs, terminated, _ = buffer.sample(1000).split(buffer.widths, -1)
         self.kl.copy_(self.divergence(obs))
@@ -721,6 +713,11 @@ class Run:
             self.bar.update()
 
 
+def captured(function, args):
+    """The function; with --cuda-graph as one CUDA graph, recorded at the second call and replayed from then on."""
+    return importlib.import_module("tensordict.nn").CudaGraphModule(function) if args.cuda_graph else function
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A path to write to, renamed in the end: a writer that fails or is killed leaves the file as it was."""
@@ -804,7 +801,8 @@ def refusing(what):
     try:
         yield
     except Exception as error:
-        fail(f"{what}: {type(error).__name__}: {error}")
+        text = " ".join(str(error).splitlines()[:2])  # of many wrong keys the first
+        fail(f"{what}: {type(error).__name__}: {text}")
 
 
 def wrong_values(args):
