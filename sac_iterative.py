@@ -42,19 +42,16 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
 import warnings
 import zipfile
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -191,7 +188,7 @@ class StackedMLP(nn.Module):
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
-        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in itertools.pairwise(dims))
+        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation = activation
 
     def forward(self, x):
@@ -254,9 +251,11 @@ class Agent(nn.Module):
         self.register_buffer("quantiles", quantiles[order][None, :, None], persistent=False)  # (1, samples, 1, action_dim)
         self.to(args.device)
 
-        adam = partial(torch.optim.Adam, fused=True, capturable=True)
-        self.opts = {"actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate),
-                     "critic": adam(self.critic.parameters(), args.learning_rate)}
+        adam = {"fused": True, "capturable": True}
+        self.opts = {
+            "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
+            "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
+        }
         self.learn = captured(self.learn, args)
 
     @torch.no_grad()
@@ -479,7 +478,7 @@ class Run:
         """Uniform, held for --explore-hold steps; at one seed all methods draw the same, whatever else they draw."""
         first = self.now - (self.now - self.restart - 1) % self.args.explore_hold
         draws = [np.random.default_rng((self.args.seed + i, first)) for i in range(self.args.trials)]
-        return self.column([draw.uniform(-1, 1, self.envs.single_action_space.shape) for draw in draws])
+        return self.column(np.array([draw.uniform(-1, 1, self.envs.single_action_space.shape) for draw in draws]))
 
     def step(self, action):
         """Act in all trials; returns obs, reward, next_obs (an episode's last where one ended) and terminated."""
@@ -708,7 +707,8 @@ def main(argv=None):
                       f"over {len(x)} episodes")
         envs.close()
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|StreamWriter", str(error)):
+        full = any(word in str(error) for word in ("out of memory", "allocate memory", "StreamWriter"))
+        if isinstance(error, RuntimeError) and not full:
             raise  # a mistake in the code: its trace helps
         fail(f"{type(error).__name__}: {error}", code=1)
 

@@ -40,20 +40,17 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
 import pkgutil
 import platform
-import re
 import signal
 import sys
 import time
 import warnings
 import zipfile
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -222,7 +219,7 @@ class StackedMLP(nn.Module):
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
-        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in itertools.pairwise(dims))
+        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation = activation
 
     def forward(self, x):
@@ -312,11 +309,11 @@ class Agent(nn.Module):
         groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.model.layers, decay)]
         others = [p for name, p in self.model.named_parameters() if "weight" not in name]
         groups.append({"params": [*others, *self.terminator.parameters()]})
-        adam = partial(torch.optim.Adam, fused=True, capturable=True)
+        adam = {"fused": True, "capturable": True}
         self.opts = {
-            "actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate),
-            "critic": adam(self.critic.parameters(), args.learning_rate),
-            "model": adam(groups, args.model_learning_rate),
+            "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
+            "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
+            "model": torch.optim.Adam(groups, args.model_learning_rate, **adam),
         }
         self.learn = captured(self.learn, args)
 
@@ -529,8 +526,7 @@ def train(args):
 
         # remember: a time limit is not a termination, and an episode's last state is not the next one's first
         obs, reward, next_obs, terminated = run.step(action)
-        log_ratio = torch.zeros_like(reward)  # real transitions come from p
-        buffer.add(obs, action, reward, next_obs, terminated, log_ratio)
+        buffer.add(obs, action, reward, next_obs, terminated, torch.zeros_like(reward))  # log q/p of what p made
 
         # learn
         if step >= args.learning_starts:
@@ -632,7 +628,7 @@ class Run:
         """Uniform, held for --explore-hold steps; at one seed all methods draw the same, whatever else they draw."""
         first = self.now - (self.now - self.restart - 1) % self.args.explore_hold
         draws = [np.random.default_rng((self.args.seed + i, first)) for i in range(self.args.trials)]
-        return self.column([draw.uniform(-1, 1, self.envs.single_action_space.shape) for draw in draws])
+        return self.column(np.array([draw.uniform(-1, 1, self.envs.single_action_space.shape) for draw in draws]))
 
     def step(self, action):
         """Act in all trials; returns obs, reward, next_obs (an episode's last where one ended) and terminated."""
@@ -861,7 +857,8 @@ def main(argv=None):
                       f"over {len(x)} episodes")
         envs.close()
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|StreamWriter", str(error)):
+        full = any(word in str(error) for word in ("out of memory", "allocate memory", "StreamWriter"))
+        if isinstance(error, RuntimeError) and not full:
             raise  # a mistake in the code: its trace helps
         fail(f"{type(error).__name__}: {error}", code=1)
 
