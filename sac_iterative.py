@@ -243,12 +243,12 @@ class Agent(nn.Module):
         self.iters = args.inference_iters if self.iterative else 1
 
         prior = torch.tensor([0.0, math.log(args.prior_std)])
-        self.samples = args.action_samples or (10 if args.device == "cpu" else 200)
+        args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # a run saves what it took
         # The noise of deterministic actions: quantiles of the normal, in another order in each dimension.
-        quantiles = torch.special.ndtri((torch.arange(self.samples) + 0.5) / self.samples)
-        order = torch.rand(self.samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
+        quantiles = torch.special.ndtri((torch.arange(args.action_samples) + 0.5) / args.action_samples)
+        order = torch.rand(args.action_samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
         self.register_buffer("prior", prior.view(1, 1, 2, 1).expand(1, 1, 2, action_dim).clone())
-        self.register_buffer("quantiles", quantiles[order][None, :, None], persistent=False)  # (1, samples, 1, action_dim)
+        self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
@@ -296,7 +296,7 @@ class Agent(nn.Module):
 
     def gradient(self, obs, params, noise=None):
         """∇J̃ with respect to (μ, log σ) of each state, shaped like params; J̃; KL. Fresh noise unless it is given."""
-        noise = self.noise(obs, self.samples) if noise is None else noise
+        noise = self.noise(obs, self.args.action_samples) if noise is None else noise
         with torch.enable_grad():  # acting and targets come here without
             params = params.detach().requires_grad_()
             objective, kl = self.objective(self.critic, obs, params, noise)
@@ -328,7 +328,7 @@ class Agent(nn.Module):
     def actor_loss(self, obs):
         """Losses of the inference network and of α, and metrics. Gradients that served as inputs serve again."""
         trace, measured, gates = self.infer(obs)
-        noise = self.noise(obs, self.samples)
+        noise = self.noise(obs, self.args.action_samples)
         measured.append(self.gradient(obs, trace[-1], noise))  # at λ_K
         _, objective, kl = measured[-1]
         # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ), at the cost of the inference network alone.
