@@ -561,7 +561,7 @@ def evaluate(agent, envs, args, stop=()):
 # Below: the same in every script. Environments, a run and its files, the command line.
 
 
-def make_envs(args, num_envs, **kwargs):
+def make_envs(args, num_envs):
     """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if args.env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
@@ -575,8 +575,9 @@ def make_envs(args, num_envs, **kwargs):
         env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    return gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
-                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
+    vector = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
+    return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=vector, wrappers=[wrap], **render)
 
 
 class Run:
@@ -812,10 +813,10 @@ def parse_args(argv=None):
     with refusing(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
-        envs = make_envs(args, 1, render_mode="rgb_array" if args.capture_video else None)
+        envs = make_envs(args, 1)
         if args.capture_video:
             importlib.import_module("moviepy")
-            envs.reset()
+            envs.reset(seed=args.seed)
             envs.render()
     if args.cuda_graph:
         with refusing("--cuda-graph"):
@@ -845,7 +846,7 @@ def main(argv=None):
     try:
         if not args.evaluate:
             return train(args)
-        envs = make_envs(args, args.trials * args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
+        envs = make_envs(args, args.trials * args.eval_episodes)
         agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
         step = load(args, agent)
         if args.capture_video:
