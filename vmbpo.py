@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1",
-#                 "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """VMBPO: model-based RL as variational inference with optimistic dynamics, in one file.
 
@@ -303,6 +303,7 @@ class Agent(nn.Module):
         self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))
         self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
+        self.beta = args.beta
         self.to(args.device)
 
         decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
@@ -349,7 +350,7 @@ class Agent(nn.Module):
             obs, action, reward, next_obs, terminated, _ = rows.split(buffer.widths, -1)
             q = self.critic(torch.cat([obs, action], -1)).amin(0)
             delta = reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q
-            weights.append((delta / self.args.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp())  # eq. (11)
+            weights.append((delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp())  # eq. (11)
         weights = torch.cat(weights, 1)
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
@@ -481,7 +482,7 @@ class Agent(nn.Module):
         if self.args.prior_interval > 1:
             (mean, log_std), (prior_mean, prior_log_std) = self.actor(obs), self.prior_actor(obs)
             kl = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp()))
-            loss = loss + self.args.beta * kl.sum(-1, keepdim=True)  # eq. (13)
+            loss = loss + self.beta * kl.sum(-1, keepdim=True)  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
         return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
 
@@ -490,7 +491,7 @@ class Agent(nn.Module):
         obs, action, reward, next_obs, terminated, log_ratio = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
         if self.args.log_ratio_in_critic:
-            target = target - self.args.beta * log_ratio  # eq. (12)
+            target = target - self.beta * log_ratio  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         loss, log_prob = self.actor_loss(obs)

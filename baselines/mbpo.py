@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1",
-#                 "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """MBPO: model-based policy optimization, the baseline of the variational methods beside it, in one file.
 
