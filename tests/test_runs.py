@@ -488,6 +488,8 @@ REFUSED = [  # flags, what the line must contain
     ("--max-eval-steps 0", "--max-eval-steps 0"),
     ("--updates-per-step 20 --prior-interval 3", "--prior-interval 3", "--updates-per-step"),
     ("--wandb online", "--wandb online"),
+    ("--horizon-from 5", "--horizon-from 5", "no effect"),
+    ("--entropy none --target-entropy -1", "--target-entropy -1", "no effect"),
     ("--batch-size 0", "--batch-size 0", "1"),
     ("--trials 0", "--trials 0", "1"),
     ("--seed -1", "--seed -1", "0"),
