@@ -17,8 +17,10 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
- 2. Every fit starts q at p and shows both the same minibatches at a rate that falls to zero: KL(q‖p) is then the tilt
-    alone, and vanishes as 1/β². `--posterior-init own`, `--no-model-lr-decay`: it has a floor.
+ 2. A fit has two phases: p alone learns first, then q starts at p (parameters, Adam moments) and both see the same
+    minibatches while the rate falls to zero. KL(q‖p) is then the tilt alone and falls as 1/β²; independent fits differ
+    before any tilt, and no β lowers that floor. The rate first rises to three times its own, and Adam's β₂ is 0.95:
+    with 0.999 the moments outlive a fit, and a refit can undo the last one. `--fit-rule constant`: as in the paper.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator matched`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
@@ -27,7 +29,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
  7. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update the KL in (13) has
     gradient zero: it is computed only when `--prior-interval` is above 1.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
-    minibatches in the first fit and 100 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
+    minibatches in the first fit and 200 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
  9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
 
     python vmbpo.py --env-id Walker2d-v4
@@ -49,6 +51,7 @@ import time
 import warnings
 import zipfile
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -64,6 +67,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # factor on the dynamics' learning rate by the share of a fit that is done
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 EXPONENT_MAX = 4.0  # Appendix C.1
 torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the device
@@ -120,12 +124,12 @@ class Args:
     model_dim: Count = 200  # width of the dynamics' hidden layers
     model_layers: Count = 4  # hidden layers of the dynamics
     model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics
-    model_lr_decay: bool = True  # let that rate fall to zero within each fit, linearly
+    fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit's rate runs and where q starts (deviation 2)
     variance_weight: Fraction = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
     fit_every: Count = 250  # environment steps between fits
     epochs: Count = 5  # passes over the data per fit
     min_first_batches: Count = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
-    min_batches: Count = 100  # minibatches of any later fit at least
+    min_batches: Count = 200  # minibatches of any later fit at least
     max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined after each fit
     horizon: Count = 1  # imagined steps per roll-out at first
@@ -134,7 +138,6 @@ class Args:
     horizon_until: Count = 150_000  # environment step at which it has grown, linearly, to max_horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
     beta: Risk = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, ∞ is MBPO, < 0 is averse
-    posterior_init: Literal["prior", "own"] = "prior"  # where q starts at each fit: at p, or where it ended
     kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from the critic's target
     prior_interval: Count = 1  # updates between copies of the actor into the prior policy
@@ -280,6 +283,12 @@ class Dynamics(StackedMLP):
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
 
+    def groups(self):
+        """Parameter groups with MBPO's weight decay, by layer."""
+        rates = [2.5e-5, 5e-5, *[7.5e-5] * (len(self.layers) - 3), 1e-4][-len(self.layers) :]
+        groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.layers, rates)]
+        return [*groups, {"params": [parameter for name, parameter in self.named_parameters() if "weight" not in name]}]
+
 
 class Agent(nn.Module):
     """Networks, optimizers and the steps of Algorithm 1: act, fit_model, imagine, learn."""
@@ -296,9 +305,9 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
 
-        # The first axis of the model's stack is (p_θ, q_φ): one forward pass serves both.
-        model_dims = (args.model_dim,) * args.model_layers
-        self.model = Dynamics((2, args.ensemble_size, trials), obs_dim + action_dim, obs_dim + 1, model_dims)
+        ensemble, model_dims = (args.ensemble_size, trials), (args.model_dim,) * args.model_layers
+        self.model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)
+        self.posterior_model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)
         self.terminator = StackedMLP((trials,), (obs_dim, 64, 64, 1))
         self.inputs, self.targets = Normalizer(trials, obs_dim + action_dim), Normalizer(trials, obs_dim + 1)
         self.states = Normalizer(trials, obs_dim)
@@ -308,15 +317,14 @@ class Agent(nn.Module):
         self.beta = args.beta
         self.to(args.device)
 
-        decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
-        groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.model.layers, decay)]
-        others = [p for name, p in self.model.named_parameters() if "weight" not in name]
-        groups.append({"params": [*others, *self.terminator.parameters()]})
+        betas = (0.9, 0.999 if args.fit_rule == "constant" else 0.95)  # 0.999 would remember ten short fits
         adam = {"fused": True, "capturable": True}
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(groups, args.model_learning_rate, **adam),
+            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, betas, **adam),
+            "posterior_model": torch.optim.Adam(self.posterior_model.groups(), args.model_learning_rate, betas, **adam),
+            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **adam),
         }
         self.learn = captured(self.learn, args)
 
@@ -339,10 +347,10 @@ class Agent(nn.Module):
             return known(obs, action, next_obs).reshape(*obs.shape[:-1], 1).float()
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
-    def moments(self, obs, action, members=...):
-        """Mean and log-variance of p and q over normalised (Δobs, reward): (2, *members, trials, n, obs_dim + 1)."""
-        chosen = {name: parameter[members] for name, parameter in self.model.named_parameters()}
-        return functional_call(self.model, chosen, self.inputs(torch.cat([obs, action], -1)))
+    def moments(self, model, obs, action, members=...):
+        """Mean and log-variance of a model's members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
+        chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
+        return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
     @torch.no_grad()
     def transition_weights(self, buffer):
@@ -356,20 +364,21 @@ class Agent(nn.Module):
         weights = torch.cat(weights, 1)
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
-    def model_loss(self, batch, weights):
-        """Losses of p, q and termination on one minibatch per member: (ensemble, trials, n, ·), weights (…, n, 1)."""
-        obs, action, reward, next_obs, terminated, _ = batch
+    def model_loss(self, model, batch, weights=1.0):
+        """Negative log-likelihood of one minibatch per member (ensemble, trials, n, ·), each row by its weight."""
+        obs, action, reward, next_obs, *_ = batch  # (ensemble, trials, n, ·)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        mean, log_var = self.moments(obs, action)  # (2, ensemble, trials, n, out)
+        mean, log_var = self.moments(model, obs, action)
         nll = (target - mean).square() * (-log_var).exp() + log_var
         if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
             nll = nll * (self.args.variance_weight * log_var.detach()).exp()
-        prior_nll, posterior_nll = nll.unbind(0)
-        loss = prior_nll.mean((-2, -1)).sum()  # eq. (10)
-        loss = loss + (weights * posterior_nll).mean((-2, -1)).sum()  # eq. (11)
-        loss = loss + 0.01 / self.args.ensemble_size * (self.model.max_log_var - self.model.min_log_var).sum()
-        logit = self.terminator(self.states(next_obs[0]))
-        return loss + F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="none").mean((-2, -1)).sum()
+        bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
+        return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # eq. (10), (11)
+
+    def termination_loss(self, batch):
+        *_, next_obs, terminated, _ = (column[0] for column in batch)  # the first member's minibatch
+        logit = self.terminator(self.states(next_obs))
+        return F.binary_cross_entropy_with_logits(logit, terminated, reduction="none").mean((-2, -1)).sum()
 
     def fit_statistics(self, buffer):
         """Means, deviations and ranges of the replayed transitions."""
@@ -382,38 +391,50 @@ class Agent(nn.Module):
 
     def start_posterior(self):
         """Let q begin at p, with p's Adam moments."""
-        for parameter in self.model.parameters():
-            parameter.data[1] = parameter.data[0]
-            for moment in self.opts["model"].state.get(parameter, {}).values():
-                if moment.ndim:  # the count of steps is one for both
-                    moment[1] = moment[0]
+        self.posterior_model.load_state_dict(self.model.state_dict())
+        for prior, posterior in zip(self.model.parameters(), self.posterior_model.parameters()):
+            moments = self.opts["model"].state[prior]
+            self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in moments.items()}
 
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
+        torch.set_float32_matmul_precision("highest")  # rounding is magnified where predicted variances are small
         self.fit_statistics(buffer)
         weights = self.transition_weights(buffer)
-        if args.posterior_init == "prior":
-            self.start_posterior()
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         least = args.min_batches if self.opts["model"].state else args.min_first_batches
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
         rate = torch.tensor(args.model_learning_rate, device=args.device)
-        for group in self.opts["model"].param_groups:
-            group["lr"] = rate
+        for name in ("model", "posterior_model", "terminator"):
+            for group in self.opts[name].param_groups:
+                group["lr"] = rate
 
-        def step():
+        def step(posterior):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
-            self.descend("model", self.model_loss(batch, weights[buffer.trial, rows]))
+            self.descend("model", self.model_loss(self.model, batch))
+            self.descend("terminator", self.termination_loss(batch))
+            if posterior:
+                weight = weights[buffer.trial, rows]
+                self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
 
-        step = captured(step, args)
+        prior_step, joint_step = captured(partial(step, False), args), captured(partial(step, True), args)
+        two_phase = args.fit_rule == "two_phase"
         for i in range(batches):
-            rate.fill_(args.model_learning_rate * (1 - i / batches if args.model_lr_decay else 1))
-            step()
-        return self.assess(buffer, weights)
+            if two_phase:
+                rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
+            if two_phase and i == batches // 2:
+                self.start_posterior()
+            if two_phase and i < batches // 2:
+                prior_step()
+            else:
+                joint_step()
+        metrics = self.assess(buffer, weights)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        return metrics
 
     @torch.no_grad()
     def assess(self, buffer, weights):
@@ -422,7 +443,8 @@ class Agent(nn.Module):
         held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
         obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        prior_error, posterior_error = (self.moments(obs, action)[0] - target).square().mean((-2, -1))
+        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
+        posterior_error = (self.moments(self.posterior_model, obs, action)[0] - target).square().mean((-2, -1))
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
         obs, action, _, next_obs, terminated, _ = buffer.sample(1000).split(buffer.widths, -1)
         imagined_obs, _, imagined_end, _ = self.predict(obs, action)
@@ -435,24 +457,32 @@ class Agent(nn.Module):
     @torch.no_grad()
     def divergence(self, obs):
         """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
-        mean, log_var = self.moments(obs, self.actor.sample(obs)[0], (slice(None), self.elites, range(len(obs))))
-        if self.args.kl_estimator == "mixture":  # over the axis of the elites: (2, elites, trials, n, out)
-            var = (log_var.exp() + (mean - mean.mean(1, keepdim=True)).square()).mean(1, keepdim=True)
-            mean, log_var = mean.mean(1, keepdim=True), var.log()
-        prior, posterior = (Normal(mean[i], (0.5 * log_var[i]).exp()) for i in (0, 1))
-        return kl_divergence(posterior, prior)[..., : self.obs_dim].sum(-1).mean((0, -1))
+        action, _ = self.actor.sample(obs)
+        gaussians = []
+        for model in (self.posterior_model, self.model):
+            mean, log_var = self.moments(model, obs, action, (self.elites, range(len(obs))))  # (elites, trials, n, out)
+            var = log_var.exp()
+            if self.args.kl_estimator == "mixture":
+                var = (var + (mean - mean.mean(0)).square()).mean(0, keepdim=True)
+                mean = mean.mean(0, keepdim=True)
+            gaussians.append(Normal(mean, var.sqrt()))
+        return kl_divergence(*gaussians)[..., : self.obs_dim].sum(-1).mean((0, -1))
 
     @torch.no_grad()
     def predict(self, obs, action):
         """s' ~ q_φ, r ~ p_θ, P(end at s') and log q_φ/p_θ of s'; rows are dealt to the elites in equal chunks."""
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            mean, log_var = self.moments(o, a, (slice(None), elite, range(len(o))))  # (2, trials, n, out)
-            prior, posterior = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-            reward = self.targets.inverse(prior)[..., self.obs_dim :]
-            next_obs = (o + self.targets.inverse(posterior)[..., : self.obs_dim]).clamp(*self.state_range)
-            log_density = -0.5 * ((posterior - mean).square() * (-log_var).exp() + log_var)[..., : self.obs_dim]
-            log_ratio = (log_density[1] - log_density[0]).sum(-1, keepdim=True)
+            members = (elite, range(len(o)))
+            prior_mean, prior_log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
+            posterior_mean, posterior_log_var = self.moments(self.posterior_model, o, a, members)
+            prior = Normal(prior_mean, (0.5 * prior_log_var).exp())
+            posterior = Normal(posterior_mean, (0.5 * posterior_log_var).exp())
+            sample = posterior.sample()
+            log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
+            log_ratio = log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)
+            next_obs = (o + self.targets.inverse(sample)[..., : self.obs_dim]).clamp(*self.state_range)
+            reward = self.targets.inverse(prior.sample())[..., self.obs_dim :]
             columns.append((next_obs, reward, self.termination(o, a, next_obs), log_ratio))
         return [torch.cat(column, 1) for column in zip(*columns)]
 

@@ -18,7 +18,9 @@ Deviations from Janner et al., each with the flag that goes back where there is 
  2. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
  3. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
     out for good, so that warm-started members never train on it.
- 4. At least 400 minibatches in the first fit, 100 to 800 in later ones. Roll-outs are dealt to the elites in chunks.
+ 4. At least 400 minibatches in the first fit, 200 to 800 in later ones. Roll-outs are dealt to the elites in chunks.
+    Within a fit the rate rises to three times its own and falls to zero, and Adam's β₂ is 0.95: with 0.999 the moments
+    outlive a fit, and a refit can undo the last one. `--fit-rule constant`: a constant rate, 0.999.
  5. The target entropy is −(action dimensions)/2, which is close to their values per task. `--target-entropy`: another.
 
     python baselines/mbpo.py --env-id Walker2d-v4
@@ -54,6 +56,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # factor on the dynamics' learning rate by the share of a fit that is done
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
 if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
@@ -107,11 +110,12 @@ class Args:
     model_dim: Count = 200  # width of the dynamics' hidden layers
     model_layers: Count = 4  # hidden layers of the dynamics
     model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics
+    fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit's rate runs and where q starts (deviation 2)
     variance_weight: Fraction = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
     fit_every: Count = 250  # environment steps between fits
     epochs: Count = 5  # passes over the data per fit
     min_first_batches: Count = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
-    min_batches: Count = 100  # minibatches of any later fit at least
+    min_batches: Count = 200  # minibatches of any later fit at least
     max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined after each fit
     horizon: Count = 1  # imagined steps per roll-out at first
@@ -257,6 +261,12 @@ class Dynamics(StackedMLP):
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
 
+    def groups(self):
+        """Parameter groups with MBPO's weight decay, by layer."""
+        rates = [2.5e-5, 5e-5, *[7.5e-5] * (len(self.layers) - 3), 1e-4][-len(self.layers) :]
+        groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.layers, rates)]
+        return [*groups, {"params": [parameter for name, parameter in self.named_parameters() if "weight" not in name]}]
+
 
 class Agent(nn.Module):
     """Networks, optimizers and the four steps: act, fit_model, imagine, learn."""
@@ -281,15 +291,13 @@ class Agent(nn.Module):
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
         self.to(args.device)
 
-        decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
-        groups = [{"params": layer.weight, "weight_decay": rate} for layer, rate in zip(self.model.layers, decay)]
-        others = [p for name, p in self.model.named_parameters() if "weight" not in name]
-        groups.append({"params": [*others, *self.terminator.parameters()]})
+        betas = (0.9, 0.999 if args.fit_rule == "constant" else 0.95)  # 0.999 would remember ten short fits
         adam = {"fused": True, "capturable": True}
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(groups, args.model_learning_rate, **adam),
+            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, betas, **adam),
+            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **adam),
         }
         self.learn = captured(self.learn, args)
 
@@ -312,23 +320,26 @@ class Agent(nn.Module):
             return known(obs, action, next_obs).reshape(*obs.shape[:-1], 1).float()
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
-    def moments(self, obs, action, members=...):
-        """Mean and log-variance over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
-        chosen = {name: parameter[members] for name, parameter in self.model.named_parameters()}
-        return functional_call(self.model, chosen, self.inputs(torch.cat([obs, action], -1)))
+    def moments(self, model, obs, action, members=...):
+        """Mean and log-variance of a model's members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
+        chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
+        return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
-    def model_loss(self, batch):
-        """Losses of dynamics and termination on one minibatch per member: (ensemble, trials, n, ·)."""
-        obs, action, reward, next_obs, terminated = batch
+    def model_loss(self, model, batch):
+        """Negative log-likelihood of one minibatch per member."""
+        obs, action, reward, next_obs, *_ = batch  # (ensemble, trials, n, ·)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        mean, log_var = self.moments(obs, action)  # (ensemble, trials, n, out)
+        mean, log_var = self.moments(model, obs, action)
         nll = (target - mean).square() * (-log_var).exp() + log_var
         if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
             nll = nll * (self.args.variance_weight * log_var.detach()).exp()
-        loss = nll.mean((-2, -1)).sum()
-        loss = loss + 0.01 / self.args.ensemble_size * (self.model.max_log_var - self.model.min_log_var).sum()
-        logit = self.terminator(self.states(next_obs[0]))
-        return loss + F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="none").mean((-2, -1)).sum()
+        bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
+        return nll.mean((-2, -1)).sum() + bounds.sum()
+
+    def termination_loss(self, batch):
+        *_, next_obs, terminated = (column[0] for column in batch)  # the first member's minibatch
+        logit = self.terminator(self.states(next_obs))
+        return F.binary_cross_entropy_with_logits(logit, terminated, reduction="none").mean((-2, -1)).sum()
 
     def fit_statistics(self, buffer):
         """Means, deviations and ranges of the replayed transitions."""
@@ -342,22 +353,31 @@ class Agent(nn.Module):
     def fit_model(self, buffer):
         """Fit dynamics and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
+        torch.set_float32_matmul_precision("highest")  # rounding is magnified where predicted variances are small
         self.fit_statistics(buffer)
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         least = args.min_batches if self.opts["model"].state else args.min_first_batches
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
+        rate = torch.tensor(args.model_learning_rate, device=args.device)
+        for group in (*self.opts["model"].param_groups, *self.opts["terminator"].param_groups):
+            group["lr"] = rate
 
         def step():
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
-            self.descend("model", self.model_loss(batch))
+            self.descend("model", self.model_loss(self.model, batch))
+            self.descend("terminator", self.termination_loss(batch))
 
         step = captured(step, args)
-        for _ in range(batches):
+        for i in range(batches):
+            if args.fit_rule == "two_phase":
+                rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
             step()
-        return self.assess(buffer)
+        metrics = self.assess(buffer)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        return metrics
 
     @torch.no_grad()
     def assess(self, buffer):
@@ -366,7 +386,7 @@ class Agent(nn.Module):
         held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
         obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        prior_error = (self.moments(obs, action)[0] - target).square().mean((-2, -1))
+        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
         obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
         imagined_obs, _, imagined_end = self.predict(obs, action)
@@ -378,7 +398,7 @@ class Agent(nn.Module):
         """s', r ~ p and P(end at s'); rows are dealt to the elites in equal chunks."""
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            mean, log_var = self.moments(o, a, (elite, range(len(o))))  # (trials, n, out)
+            mean, log_var = self.moments(self.model, o, a, (elite, range(len(o))))  # (trials, n, out)
             sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
             next_obs, reward = (o + sample[..., : self.obs_dim]).clamp(*self.state_range), sample[..., self.obs_dim :]
             columns.append((next_obs, reward, self.termination(o, a, next_obs)))

@@ -40,6 +40,13 @@ def fill(script, buffer, n=500, seed=0, terminated=None):
     return obs, action, reward, next_obs, ended
 
 
+def moments(agent, obs, action):
+    """Means and log-variances of p and q: (2, ensemble, trials, n, out) each; of p alone where there is no q."""
+    models = [agent.model, *([agent.posterior_model] if hasattr(agent, "posterior_model") else [])]
+    each = [agent.moments(model, obs, action) for model in models]
+    return torch.stack([mean for mean, _ in each]), torch.stack([log_var for _, log_var in each])
+
+
 def trial_axis(key):
     """Position of the trial axis in a parameter, from the end: (..., trials, in or 1, out)."""
     return -3
@@ -68,7 +75,8 @@ def tilted(script, k, mean, std, beta, trials=1, **flags):
     agent.critic = Line(k * mean)
     next_obs = mean + std * torch.randn(1, 20_000, 1)
     zero = torch.zeros(trials, 20_000, 1)
-    buffer.add(zero, torch.rand_like(zero), zero, next_obs.expand(trials, -1, -1), zero, zero)
+    action = 2 * torch.rand_like(zero) - 1  # the policy acts where there are data
+    buffer.add(zero, action, zero, next_obs.expand(trials, -1, -1), zero, zero)
     return agent, buffer
 
 
@@ -78,7 +86,7 @@ def test_gaussian_tilting(script, beta):
     k, mean, std = 1.5, 0.7, 0.8
     agent, buffer = tilted(script, k, mean, std, beta)
     metrics = agent.fit_model(buffer)
-    normal_mean, log_var = agent.moments(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))
+    normal_mean, log_var = moments(agent, torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))
     fitted_mean = agent.targets.inverse(normal_mean)[..., 0].mean((1, 2, 3))
     fitted_std = (agent.targets.std * (0.5 * log_var).exp())[..., 0].mean((1, 2, 3))
     assert fitted_mean[0].item() == pytest.approx(mean, abs=0.06)
@@ -95,7 +103,7 @@ def test_gaussian_tilting_up_to_the_clamp():
     z = np.linspace(-8, 8, 200_001)
     weight = np.exp(-(z**2) / 2) * np.exp(np.clip(k * z, -4, 4))
     expected = (z * weight).sum() / weight.sum()
-    fitted = agent.targets.inverse(agent.moments(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))[0])[1, ..., 0].mean().item()
+    fitted = agent.targets.inverse(moments(agent, torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.5))[0])[1, ..., 0].mean().item()
     assert expected < 0.2 * k and fitted == pytest.approx(expected, abs=0.08)
 
 
@@ -126,16 +134,16 @@ def test_infinite_beta_is_the_prior_bit_for_bit():
     metrics = agent.fit_model(buffer)
     assert (agent.transition_weights(buffer) == 1).all()
     for key, parameter in agent.model.named_parameters():
-        assert torch.equal(parameter[0], parameter[1]), key
+        assert torch.equal(parameter, agent.posterior_model.get_parameter(key)), key
     assert metrics["model/kl"].item() == 0 and metrics["model/effective_sample_size"].item() == 1
     agent.log_beta.data.fill_(0.0)
     agent.fit_model(buffer)
-    assert not torch.equal(*agent.model.layers[0].weight), "at β = 1 q must leave p"
+    assert not torch.equal(agent.model.layers[0].weight, agent.posterior_model.layers[0].weight), "at β = 1 q must leave p"
 
 
 def test_own_posterior_has_a_floor(capsys):
     """Two independent ensembles differ with all weights 1, where q started at p does not: the floor that is warned of."""
-    agent, buffer, _ = build(BETA, posterior_init="own", max_batches=50, epochs=50, kl_budget=1e-3)
+    agent, buffer, _ = build(BETA, fit_rule="constant", max_batches=50, epochs=50, kl_budget=1e-3)
     fill(BETA, buffer)
     agent.log_beta.data.fill_(math.inf)
     assert agent.fit_model(buffer)["model/kl"].item() > 1e-3 and "no β can meet it" in capsys.readouterr().out
@@ -150,10 +158,10 @@ def test_posterior_loss_is_the_weighted_likelihood(script):
     batch = [column.unsqueeze(0) for column in buffer.storage[:, :50].split(buffer.widths, -1)]
     weights = torch.rand(1, 1, 50, 1)
     with torch.no_grad():
-        zero = agent.model_loss(batch, torch.zeros_like(weights))
-        loss = agent.model_loss(batch, weights)
+        zero = agent.model_loss(agent.posterior_model, batch, torch.zeros_like(weights))
+        loss = agent.model_loss(agent.posterior_model, batch, weights)
     obs, action, reward, next_obs, *_ = batch
-    mean, log_var = agent.moments(obs, action)
+    mean, log_var = moments(agent, obs, action)
     target = torch.cat([next_obs - obs, reward], -1)
     log_prob = Normal(mean[1], (0.5 * log_var[1]).exp()).log_prob(target) + 0.5 * math.log(2 * math.pi)
     assert (loss - zero).item() == pytest.approx((-2 * weights * log_prob).mean().item(), rel=1e-4)
@@ -167,10 +175,9 @@ def test_variance_weight(script, power, monkeypatch):
     fill(script, buffer)
     batch = [column[None] for column in buffer.storage[:, :50].split(buffer.widths, -1)]
     target = torch.cat([batch[3] - batch[0], batch[2]], -1)
-    shape = target.shape if script is MBPO else (2, *target.shape)
-    mean, log_var = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
-    monkeypatch.setattr(agent, "moments", lambda obs, action: (mean, log_var))
-    agent.model_loss(batch, *([] if script is MBPO else [torch.ones(1, 1, 50, 1)])).backward()
+    mean, log_var = torch.randn(target.shape, requires_grad=True), torch.randn(target.shape, requires_grad=True)
+    monkeypatch.setattr(agent, "moments", lambda model, obs, action: (mean, log_var))
+    agent.model_loss(agent.model, batch).backward()
     error, count = (mean - target).detach(), target[0, 0].numel()
     torch.testing.assert_close(mean.grad, 2 * error * ((power - 1) * log_var.detach()).exp() / count)
     rests = (log_var.detach() - error.square().log()).sign()  # above the squared error it falls, below it rises
@@ -187,7 +194,7 @@ def test_divergence_against_distributions(estimator):
     torch.manual_seed(5)
     kl = agent.divergence(obs)
     torch.manual_seed(5)
-    mean, log_var = agent.moments(obs, agent.actor.sample(obs)[0])  # (2, ensemble, trials, n, out)
+    mean, log_var = moments(agent, obs, agent.actor.sample(obs)[0])  # (2, ensemble, trials, n, out)
     for trial in range(2):
         m, v = (x[:, agent.elites[:, trial], trial, :, :3].detach() for x in (mean, log_var.exp()))
         if estimator == "mixture":
@@ -205,7 +212,7 @@ def test_imagined_rows_and_their_log_ratio(script):
     agent.state_range[0], agent.state_range[1] = -1e6, 1e6
     obs, action = buffer.storage[:, :4000:2, :3], buffer.storage[:, :4000:2, 3:5]
     next_obs, reward, _, log_ratio = (column.double() for column in agent.predict(obs, action))
-    mean, log_var = (x.double().detach() for x in agent.moments(obs, action))
+    mean, log_var = (x.double().detach() for x in moments(agent, obs, action))
     for i, rows in enumerate(torch.arange(obs.shape[1]).chunk(8)):  # two elites take turns
         elite, chunk = agent.elites[i % 2, 0], slice(rows[0], rows[-1] + 1)
         z = agent.targets(torch.cat([next_obs - obs, reward], -1))[0, chunk]
@@ -217,15 +224,15 @@ def test_imagined_rows_and_their_log_ratio(script):
 
 
 def test_kl_is_the_tilt_alone():
-    """KL(q‖p) falls as 1/β²: 100 times from β = 100 to 1000; at a constant learning rate Adam's noise keeps it up."""
+    """KL(q‖p) falls as 1/β²: 100 times from β = 100 to 1000; at a constant rate the noise of two fits keeps it up."""
     torch.manual_seed(1)
     obs, action, zero = torch.randn(1, 1000, 2), 2 * torch.rand(1, 1000, 1) - 1, torch.zeros(1, 1000, 1)
     falls = []
-    for decay in (True, False):
+    for rule in ("two_phase", "constant"):
         kl = []
         for beta in (100.0, 1000.0):
             torch.manual_seed(1)
-            agent, buffer, _ = build(BETA, obs_dim=2, action_dim=1, beta=beta, model_lr_decay=decay, max_batches=200,
+            agent, buffer, _ = build(BETA, obs_dim=2, action_dim=1, beta=beta, fit_rule=rule, max_batches=200,
                                      epochs=1000, model_dim=64, model_layers=3, ensemble_size=2, num_elites=2, batch_size=64)
             agent.value = lambda obs: 10 * obs.sum(-1, keepdim=True)
             buffer.add(obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero, zero)
@@ -234,6 +241,29 @@ def test_kl_is_the_tilt_alone():
             kl.append(metrics["model/kl"].item())
         falls.append(kl[0] / kl[1])
     assert 60 < falls[0] < 160 and falls[1] < 60, falls
+
+
+def refits(script, beta2):
+    """Errors of p after a long first fit and three short ones on the same rows of an exactly linear system."""
+    torch.manual_seed(1)
+    sizes = {"model_dim": 64, "model_layers": 3, "batch_size": 128, "epochs": 1000, "min_batches": 100}
+    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=400, **sizes)
+    obs, action, zero = torch.randn(1, 500, 2), 2 * torch.rand(1, 500, 1) - 1, torch.zeros(1, 500, 1)
+    next_obs = obs + 0.1 * obs.flip(-1) * torch.tensor([1.0, -1.0]) + 0.1 * action
+    buffer.add(obs, action, zero, next_obs, *[zero] * (len(buffer.widths) - 4))
+    for group in agent.opts["model"].param_groups:
+        group["betas"] = (0.9, beta2)
+    errors = [agent.fit_model(buffer)["model/prior_error"].item()]
+    agent.args.max_batches = 100
+    return errors + [agent.fit_model(buffer)["model/prior_error"].item() for _ in range(3)]
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_a_refit_on_the_same_rows_does_not_raise_the_error(script):
+    """With Adam's β₂ = 0.999 the second fit starts with stale moments and multiplies the error, here more than tenfold."""
+    sound, stale = refits(script, 0.95), refits(script, 0.999)
+    assert max(after / before for before, after in zip(sound, sound[1:])) < 1.5, sound
+    assert max(after / before for before, after in zip(stale, stale[1:])) > 10, stale
 
 
 # --- dual descent
@@ -299,7 +329,7 @@ def test_dual_fixed_point_from_every_start():
 
 def test_fits_and_dual_steps_together_reach_the_fixed_point():
     """The same with fitted ensembles: three trials start at β = 1, 10 and 100 and end near k s/√(2ε)."""
-    agent, buffer = tilted(BETA, 1.0, 0.0, 1.0, 1.0, trials=3, max_batches=100, model_dim=16, kl_budget=0.1, beta_lr=0.05)
+    agent, buffer = tilted(BETA, 1.0, 0.0, 1.0, 1.0, trials=3, max_batches=200, model_dim=16, kl_budget=0.1, beta_lr=0.05)
     agent.log_beta.data.copy_(torch.tensor([1.0, 10.0, 100.0]).log().view(3, 1, 1))
     trace = []
     for _ in range(45):
@@ -308,7 +338,7 @@ def test_fits_and_dual_steps_together_reach_the_fixed_point():
             agent.update_beta()
         trace.append(agent.log_beta.detach().flatten().clone())
     ended = torch.stack(trace[-10:]).mean(0).exp()
-    assert (ended / (1 / math.sqrt(0.2))).log().abs().max() < math.log(1.5), ended
+    assert (ended / (1 / math.sqrt(0.2))).log().abs().max() < math.log(1.15), ended
 
 
 # --- actor and critic
@@ -508,7 +538,7 @@ def test_members_see_their_own_bootstraps(script):
     width = sum(buffer.widths) - 1
     buffer.add(index, torch.rand(2, 200, width).mul(torch.tensor([1.0] * width)).clamp(max=0.9).round(decimals=3) * 0.1)
     seen, loss = [], agent.model_loss
-    agent.model_loss = lambda batch, *weights: seen.append(batch[0][..., 0].long()) or loss(batch, *weights)
+    agent.model_loss = lambda model, batch, *rest: seen.append(batch[0][..., 0].long()) or loss(model, batch, *rest)
     agent.fit_model(buffer)
     rows = torch.cat(seen, -1)  # (ensemble, trials, draws)
     sets = [frozenset(rows[member, trial].tolist()) for member in range(3) for trial in range(2)]
@@ -527,12 +557,11 @@ def test_dynamics_learn_a_linear_system(script):
     obs, action, reward, next_obs, *_ = buffer.storage[:, :2000].split(buffer.widths, -1)
     noise = 0.1 / agent.targets.std[0, 0, :3]  # the system's noise in units of the normalised target
     assert metrics["model/prior_error"].item() < 0.5 * noise.square().mean().item() + 0.05
-    _, log_var = agent.moments(obs, action)
-    log_var = log_var if script is MBPO else log_var[0]
+    _, log_var = agent.moments(agent.model, obs, action)
     torch.testing.assert_close((0.5 * log_var[..., :3]).exp().mean((0, 1, 2)), noise, rtol=0.3, atol=0.02)
     target = agent.targets(torch.cat([next_obs - obs, reward], -1))[:, ::5]  # every fifth row is held out
-    mean, _ = agent.moments(obs[:, ::5], action[:, ::5])
-    error = ((mean if script is MBPO else mean[0]) - target).square().mean((-2, -1))[:, 0]
+    mean, _ = agent.moments(agent.model, obs[:, ::5], action[:, ::5])
+    error = (mean - target).square().mean((-2, -1))[:, 0]
     assert sorted(agent.elites[:, 0].tolist()) == sorted(error.argsort()[:2].tolist())
 
 
@@ -548,10 +577,10 @@ def test_log_variance_bounds_are_learned(script):
     assert (agent.model.max_log_var != before[0]).all() and (agent.model.min_log_var != before[1]).all()
     agent.zero_grad()
     batch = [column.unsqueeze(0).expand(3, -1, -1, -1) for column in buffer.storage[:, :50].split(buffer.widths, -1)]
-    agent.model_loss(batch, *([] if script is MBPO else [torch.zeros(3, 1, 50, 1)])).backward()
     if script is not MBPO:  # with weights 0 the penalty is all that moves q's bounds
-        torch.testing.assert_close(agent.model.max_log_var.grad[1], torch.full_like(before[0][1], 0.01 / 3))
-        torch.testing.assert_close(agent.model.min_log_var.grad[1], torch.full_like(before[0][1], -0.01 / 3))
+        agent.model_loss(agent.posterior_model, batch, torch.zeros(3, 1, 50, 1)).backward()
+        torch.testing.assert_close(agent.posterior_model.max_log_var.grad, torch.full_like(before[0], 0.01 / 3))
+        torch.testing.assert_close(agent.posterior_model.min_log_var.grad, torch.full_like(before[0], -0.01 / 3))
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
@@ -605,12 +634,14 @@ def test_number_of_minibatches(script):
     """Five passes, at least min_first_batches in the first fit and min_batches in later ones, at most max_batches."""
     agent, buffer, _ = build(script, epochs=5, min_first_batches=60, min_batches=30, max_batches=70, batch_size=32)
     count, loss = [], agent.model_loss
-    agent.model_loss = lambda *a: count.append(1) or loss(*a)
+    agent.model_loss = lambda model, *rest: count.append(model) or loss(model, *rest)
     for rows, expected in ((100, 60), (100, 30), (100, 5 * 240 // 32), (400, 70)):
         fill(script, buffer, rows)
         count.clear()
         agent.fit_model(buffer)
-        assert len(count) == expected
+        assert count.count(agent.model) == expected
+        if script is not MBPO:  # p alone in the first half
+            assert count.count(agent.posterior_model) == expected - expected // 2
 
 
 # --- buffer and trials
