@@ -576,7 +576,10 @@ def save(args, step, agent, buffers):
              "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
              "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
     with replacing(Path(args.run_dir, "checkpoint.pt")) as path:
-        torch.save(state, path)
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise OSError(f"{args.run_dir}/checkpoint.pt cannot be written: {error}") from error
 
 
 def load(args, agent, buffers=()):
@@ -705,8 +708,7 @@ def main(argv=None):
                       f"over {len(x)} episodes")
         envs.close()
     except (OSError, MemoryError, RuntimeError) as error:
-        full = any(word in str(error) for word in ("out of memory", "allocate memory", "StreamWriter"))
-        if isinstance(error, RuntimeError) and not full:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise  # a mistake in the code: its trace helps
         fail(f"{type(error).__name__}: {error}", code=1)
 

@@ -651,7 +651,7 @@ def no_space(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@one_script_each("row", [(OSError(28, "No space left on device"),), (RuntimeError("PytorchStreamWriter failed"),)])
+@one_script_each("row", [(OSError(28, "No space left on device"),), (RuntimeError("basic_ios::clear: iostream error"),)])
 def test_disk_that_is_full_at_a_save(name, row, capsys, monkeypatch, tmp_path):
     """One line, exit code 1, the checkpoint before it whole and nothing half written beside it."""
     save, saved = torch.save, []
