@@ -26,7 +26,7 @@ Deviations, each explained in docs/tabular_risk.md; tests/test_tabular_risk.py h
 8. For speed 100 episodes of a trial run side by side and add their updates of Q.
 
   python tabular_risk.py                                    # Fig. 1 in a second: the arm flips at β = 5 / ln 9 = 2.2756
-  python tabular_risk.py --figure all --out-dir benchmarks  # all figures, ten trials: 5 minutes on one core
+  python tabular_risk.py --figure all --out-dir benchmarks  # all figures, ten trials: 6 minutes on one core
   python tabular_risk.py --figure beta-sweep --mdp my.npz   # a process of one's own (see make_mdp)
 """
 
@@ -430,12 +430,12 @@ def plot_learning(args, mdp, figure):
 
 def plot_mnm(args, mdp, figure):
     """Fig. 6: four learners on the MnM grid, from an optimistic Q and from 0; and on MnM's risk test."""
-    start, axes, rows, table = (args.beta or (100.0,))[0], figure.subplots(1, 3), [HEADER], [HEADER]
-    grid, tenth = grid_world(cliff=False), -(-args.episodes // 1000) * 100
-    cases = (("MnM grid", grid, 0.1, args.episodes), ("MnM grid", grid, 0.0, args.episodes),
-             ("risk test", risk_line(), 0.0, tenth))
-    for axis, (name, world, q_init, episodes) in zip(axes, cases):
-        title = f"{name}, initial Q = {q_init:g}"
+    start, grid, tenth = (args.beta or (100.0,))[0], grid_world(cliff=False), -(-args.episodes // 1000) * 100
+    axes, rows, table = figure.subplots(1, 3), [HEADER], [HEADER]
+    cases = (("MnM grid, initial Q = 0.1", grid, 0.1, args.episodes),
+             ("MnM grid, initial Q = 0", grid, 0.0, args.episodes),
+             ("risk test, initial Q = 0", risk_line(), 0.0, tenth))
+    for axis, (title, world, q_init, episodes) in zip(axes, cases):
         axis.set_title(title)
         show_optimum(axis, world)
         for index, (method, look) in enumerate(LOOK.items()):
@@ -479,8 +479,8 @@ def plot_beta_sweep(args, mdp, figure):
     axes[0].set_yscale("symlog", linthresh=0.2)
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[2].set_yscale("log" if mean_kl.max() > 0 else "linear")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=
-                          f"Lines: the exact solution. Dots: where dual descent ends, {args.trials} trials for each ε.")
+    title = f"Lines: the exact solution. Dots: where dual descent ends, {args.trials} trials for each ε."
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
     return rows, table
 
 PLOTS = {"risky-arm": plot_risky_arm, "dynamics": plot_dynamics, "learning": plot_learning, "mnm": plot_mnm,
