@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1",
+#                 "matplotlib==3.11.2"]
+# ///
 """SAC with iterative amortized inference: a learned optimizer infers the policy of each state, in one file.
 
 After Marino, Piché and Yue, "On the Design of Variational RL Algorithms", whose equation numbers are used. Actions are
@@ -23,7 +28,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
  2. Updates and gradients are those of log σ. Its proposal is bounded, so that a gate of 1 keeps it exactly.
  3. Gradients are scaled per state to a root mean square of 1, since Q's scale drifts. `--input-norm none`: as they are;
     `layer`: λ and gradients standardised over the action's dimensions, as in the author's code.
- 4. The paper does not say which J̃ trains φ: their mean over iterations, each through its own step. `--loss last`.
+ 4. The paper does not say which J̃ trains φ: their mean over iterations, each through its own step.
  5. Q is the minimum of twin critics, as in SAC. `--pessimism 0`: their mean; other values: the authors' paper of 2021.
  6. 10 action samples instead of 200 where there is no GPU. `--action-samples 200`.
  7. Evaluation draws nothing: tanh μ, with the gradients' noise at the same quantiles of the normal in every state.
@@ -33,21 +38,25 @@ Deviations from the paper, each with the flag that goes back to its letter where
     python sac_iterative.py --evaluate runs/HalfCheetah-v4/RUN --capture-video
 """
 
+import contextlib
 import ctypes
 import dataclasses
-import difflib
 import importlib.util
+import itertools
 import json
 import math
+import os
 import platform
+import re
 import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
-from itertools import pairwise
+import zipfile
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -59,26 +68,39 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
-    ctypes.CDLL(None).mallopt(-1, 2**30), ctypes.CDLL(None).mallopt(-3, 2**25)  # thresholds of trimming and of mmap
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
+if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
+    ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
+
+
+Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
+Rows = Annotated[int, (10, 1e9)]
+Seed = Annotated[int, (0, 2**31)]
+Fraction = Annotated[float, (0, 1)]
+Positive = Annotated[float, (1e-12, 1e9)]
+Number = Annotated[float | None, (-1e9, 1e9)]
+Samples = Annotated[int, (0, 1e6)]
+Deviation = Annotated[float, (0.01, 100)]
+Pessimism = Annotated[float, (0, 100)]
 
 
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
-    seed: int = 1  # trial i uses environment seed + i
-    trials: int = 1  # independent agents trained side by side
+    seed: Seed = 1  # trial i uses environment seed + i
+    trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
-    compile: bool = False  # torch.compile the loss functions; on a CPU it does not pay, SAC takes twice as long
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # float32 products; medium: bfloat16
     cuda_graph: bool = False  # replay the updates of a step, and each minibatch of a fit, as one CUDA graph
-    total_steps: int = 1_000_000  # environment steps per trial
-    learning_starts: int = 5_000  # uniformly random steps before the first update
-    explore_hold: int = 1  # environment steps for which each of those random actions is held
-    log_every: int = 1_000  # environment steps between rows of training metrics
-    eval_every: int = 10_000  # environment steps between evaluations
-    eval_episodes: int = 5  # episodes per trial and evaluation
-    save_every: int = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
+    total_steps: Count = 1_000_000  # environment steps per trial
+    learning_starts: Rows = 5_000  # uniformly random steps before the first update
+    explore_hold: Count = 1  # environment steps for which each of those random actions is held
+    log_every: Count = 1_000  # environment steps between rows of training metrics
+    eval_every: Count = 10_000  # environment steps between evaluations
+    eval_episodes: Count = 5  # episodes per trial and evaluation
+    max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
@@ -86,97 +108,36 @@ class Args:
     resume: str = ""  # run directory to continue; only the total, the intervals, device and wandb may change
     evaluate: str = ""  # run directory whose saved agent is evaluated instead of training
 
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critic towards the critic
-    batch_size: int = 128  # rows per update
-    hidden_dim: int = 256  # width of the two hidden layers of actor and critics
-    learning_rate: float = 3e-4  # Adam's, of actor, critics and α
-    updates_per_step: int = 1  # actor-critic updates per environment step
-    target_entropy: float | None = None  # entropy that α is tuned to, in nats; default −(action dimensions)
-    alpha_target: Literal["entropy", "kl"] = "entropy"  # tune α to the target entropy, or to the KL it has to uniform
-    buffer_size: int = 1_000_000  # real transitions kept per trial
+    gamma: Fraction = 0.99  # discount factor
+    tau: Fraction = 0.005  # step of the target critic towards the critic
+    batch_size: Count = 128  # rows per update
+    hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
+    learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
+    updates_per_step: Count = 1  # actor-critic updates per environment step
+    target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)
+    buffer_size: Rows = 1_000_000  # real transitions kept per trial
     inference: Literal["iterative", "direct"] = "iterative"  # how the policy comes about: K gated updates, or one guess
-    inference_iters: int = 2  # K: iterations of iterative inference
-    action_samples: int = 0  # actions that estimate the policy objective J̃; 0: 200 on CUDA, 10 on the CPU
+    inference_iters: Count = 2  # K: iterations of iterative inference
+    action_samples: Samples = 0  # actions that estimate the policy objective J̃; 0: 200 on CUDA, 10 on the CPU
     prior: Literal["gaussian", "uniform"] = "gaussian"  # prior of the action: tanh of N(0, prior_std²), or uniform
-    prior_std: float = 1.0  # standard deviation of the Gaussian prior, where inference starts under either prior
+    prior_std: Deviation = 1.0  # standard deviation of the Gaussian prior, where inference starts under either prior
     inputs: Literal["params_grads", "grads"] = "params_grads"  # inference network sees state, λ and ∇J̃, or no λ
     input_norm: Literal["rms", "layer", "none"] = "rms"  # ∇J̃ per state to unit size; or standardised, as is λ; or raw
-    loss: Literal["mean", "last"] = "mean"  # iterations whose J̃ trains the inference network: all alike, or the last
-    pessimism: float = 0.5**0.5  # c of mean − c·std over the twin critics; √½ is their minimum
+    pessimism: Pessimism = 0.5**0.5  # c of mean − c·std over the twin critics; √½ is their minimum
 
+    def conflicts(self):
+        """(flag, rule) of every combination of the algorithm's flags that cannot work, or where one has no effect."""
+        for name in ("inference_iters", "inputs", "input_norm") if self.inference == "direct" else ():
+            if getattr(self, name) != getattr(Args, name):
+                yield name, "has no effect with --inference direct"
+        if self.inference == "direct" and self.prior == "uniform" and self.prior_std != 1:
+            yield "prior_std", "has no effect with --inference direct --prior uniform"
 
-RANGE = {"seed": (0, 2**31), "learning_starts": (10, math.inf), "buffer_size": (10, math.inf), "gamma": (0, 1),
-         "tau": (0, 1), "action_samples": (0, math.inf), "prior_std": (0.01, 100),
-         "pessimism": (0, 100)}  # else counts from 1, numbers above 0
-RESUMABLE = {"total_steps", "device", "compile", "cuda_graph", "log_every", "eval_every", "eval_episodes", "wandb",
-             "wandb_project", "resume", "evaluate", "capture_video"}
-
-
-def fail(message):
-    """Print one line and exit with code 2."""
-    print(f"{SCRIPT}.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args(argv=None):
-    """Read the command line and refuse what cannot work; a saved run brings the flags it was begun with."""
-    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
-    if source := args.resume or args.evaluate:
-        try:
-            saved = json.loads((Path(source) / "args.json").read_text())
-            (Path(source) / "checkpoint.pt").stat()
-            saved |= {"run_dir": source, "resume": "", "evaluate": ""}
-            args = tyro.cli(Args, args=argv, default=Args(**saved))
-        except (OSError, ValueError, TypeError):
-            flag = "--resume" if args.resume else "--evaluate"
-            fail(f"{flag} {source}: no args.json and checkpoint.pt of {SCRIPT}.py there")
-        changed = {k for k in saved if getattr(args, k) != saved[k]} - RESUMABLE
-        if changed:
-            fail(f"--{min(changed).replace('_', '-')}: differs from the saved run's, {saved[min(changed)]}")
-    for name, kind in Args.__annotations__.items():
-        value, (low, high) = getattr(args, name), RANGE.get(name, (1 if kind is int else 1e-12, math.inf))
-        if value != value or kind in (int, float) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value}: allowed are values from {low} to {high}")
-    video = args.evaluate and importlib.util.find_spec("moviepy")
-    for name, refused, rule in (
-        ("total_steps", args.total_steps < args.learning_starts, "must be at least --learning-starts"),
-        ("capture_video", args.capture_video and not video, "needs --evaluate RUN_DIR and the package moviepy"),
-        ("wandb", args.wandb != "disabled" and not importlib.util.find_spec("wandb"), "needs the package wandb"),
-        ("run_dir", not source and args.run_dir and Path(args.run_dir).exists(), "exists already"),
-    ):
-        if refused:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
-    try:
-        flag = f"--device {args.device}: not there; use auto or cpu"
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        torch.zeros(1, device=device)
-        near = difflib.get_close_matches(args.env_id, gym.registry, n=3)
-        flag = f"--env-id {args.env_id}: cannot be made" + (f"; near matches: {', '.join(near)}" if near else "")
-        space = make_envs(args.env_id, 1).single_action_space
-    except Exception as error:  # whatever making a device or an environment of the user's raises
-        fail(f"{flag} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
-    if args.cuda_graph and device == "cpu":
-        fail("--cuda-graph: needs --device cuda")
-    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
-        fail(f"--env-id {args.env_id}: its actions must be a bounded Box, not {space}")
-    name = f"runs/{args.env_id.replace(':', '_')}/{SCRIPT}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-    samples = args.action_samples or (10 if device == "cpu" else 200)
-    return dataclasses.replace(args, device=device, run_dir=args.run_dir or name, action_samples=samples)
-
-
-def make_envs(env_id, num_envs, **kwargs):
-    """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
-    if env_id.startswith("dm_control/"):
-        gym.register_envs(importlib.import_module("shimmy"))
-
-    def wrap(env):
-        env = gym.wrappers.FlattenObservation(env)
-        bounded = isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded()
-        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if bounded else env
-
-    return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
-                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
+    def floats(self, obs_dim, action_dim):
+        """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
+        rows = self.buffer_size + self.updates_per_step * self.batch_size
+        samples = self.batch_size * max(self.action_samples, 10)
+        return self.trials * (rows * (2 * obs_dim + action_dim + 2) + 24 * self.hidden_dim * (self.hidden_dim + samples))
 
 
 class ReplayBuffer:
@@ -186,28 +147,31 @@ class ReplayBuffer:
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
         self.added = torch.zeros((), dtype=torch.long, device=device)
-        self.count = torch.zeros((), dtype=torch.long, device=device)
         self.trial = torch.arange(trials, device=device)[:, None]
+
+    def rows(self):
+        """All rows there are: (trials, count, row)."""
+        return self.storage[:, : int(self.added)]
 
     def add(self, *columns):
         """columns: tensors (trials, n, width) in the order of a row; n at most the capacity."""
         rows = torch.cat(columns, -1)
-        self.storage[:, (self.added + torch.arange(rows.shape[1], device=rows.device)) % self.storage.shape[1]] = rows
+        index = self.added + torch.arange(rows.shape[1], device=rows.device)
+        self.storage[:, index % self.storage.shape[1]] = rows
         self.added += rows.shape[1]
-        self.count.copy_(self.added.clamp(max=self.storage.shape[1]))
 
     def sample(self, n):
         """n rows per trial, uniform with replacement: (trials, n, row)."""
-        index = (torch.rand(len(self.trial), n, device=self.storage.device) * self.count).long()
+        count = self.added.clamp(max=self.storage.shape[1])
+        index = (torch.rand(len(self.trial), n, device=self.storage.device) * count).long()
         return self.storage[self.trial, index]
 
     def state_dict(self):
-        return {"storage": self.storage[:, : int(self.count)].clone(), "added": self.added}
+        return {"storage": self.rows().clone(), "added": self.added}
 
     def load_state_dict(self, state):
         self.storage[:, : state["storage"].shape[1]] = state["storage"]
         self.added.copy_(state["added"])
-        self.count.copy_(self.added.clamp(max=self.storage.shape[1]))
 
 
 class StackedLinear(nn.Module):
@@ -219,24 +183,22 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*stack, in_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
-    def forward(self, x, members=None):
-        if members is None:  # an index, even of everything, is an operation of its own, and so is its gradient
-            return (x @ self.weight).add_(self.bias)
-        return (x @ self.weight[members]).add_(self.bias[members])
+    def forward(self, x):
+        return (x @ self.weight).add_(self.bias)
 
 
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons; `members` indexes the stack, to run only some of them."""
+    """A stack of independent perceptrons."""
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
-        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in pairwise(dims))
+        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in itertools.pairwise(dims))
         self.activation = activation
 
-    def forward(self, x, members=None):
+    def forward(self, x):
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x, members))
-        return self.layers[-1](x, members)
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
 
 
 class InferenceNetwork(StackedMLP):
@@ -268,33 +230,6 @@ class InferenceNetwork(StackedMLP):
         return gate * params + (1 - gate) * proposal, gate  # eq. (15)
 
 
-def captured(function, args):
-    """The function; with --cuda-graph as one CUDA graph, which its third call captures and from then on replays.
-
-    What varies between calls must lie in tensors that keep their places; a result is overwritten by the next call.
-    """
-    if not args.cuda_graph:
-        return function
-    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(args.device), 0, None
-
-    def replay(*inputs):
-        nonlocal calls, result
-        calls, current = calls + 1, torch.cuda.current_stream(args.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            if calls == 3:  # the first calls allocate what the later ones use
-                with torch.cuda.graph(graph, stream=stream):
-                    result = function(*inputs)
-            if calls < 3:
-                result = function(*inputs)
-            else:
-                graph.replay()
-        current.wait_stream(stream)
-        return result
-
-    return replay
-
-
 class Agent(nn.Module):
     """Networks, optimizers, and act, infer, learn; params are λ = (mean, log_std): (trials, n, 2, action_dim)."""
 
@@ -312,19 +247,17 @@ class Agent(nn.Module):
         self.iters = args.inference_iters if self.iterative else 1
 
         prior = torch.tensor([0.0, math.log(args.prior_std)])
+        self.samples = args.action_samples or (10 if args.device == "cpu" else 200)
         # The noise of deterministic actions: quantiles of the normal, in another order in each dimension.
-        quantiles = torch.special.ndtri((torch.arange(args.action_samples) + 0.5) / args.action_samples)
-        order = torch.rand(args.action_samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
+        quantiles = torch.special.ndtri((torch.arange(self.samples) + 0.5) / self.samples)
+        order = torch.rand(self.samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
         self.register_buffer("prior", prior.view(1, 1, 2, 1).expand(1, 1, 2, action_dim).clone())
-        self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
+        self.register_buffer("quantiles", quantiles[order][None, :, None], persistent=False)  # (1, samples, 1, action_dim)
         self.to(args.device)
 
-        adam = lambda parameters, rate: torch.optim.Adam(parameters, rate, fused=True, capturable=True)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)
         self.opts = {"actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate),
                      "critic": adam(self.critic.parameters(), args.learning_rate)}
-        if args.compile:
-            for name in ("critic_loss", "objective"):
-                setattr(self, name, torch.compile(getattr(self, name)))
         self.learn = captured(self.learn, args)
 
     @torch.no_grad()
@@ -365,7 +298,7 @@ class Agent(nn.Module):
 
     def gradient(self, obs, params, noise=None):
         """∇J̃ with respect to (μ, log σ) of each state, shaped like params; J̃; KL. Fresh noise unless it is given."""
-        noise = self.noise(obs, self.args.action_samples) if noise is None else noise
+        noise = self.noise(obs, self.samples) if noise is None else noise
         with torch.enable_grad():  # acting and targets come here without
             params = params.detach().requires_grad_()
             objective, kl = self.objective(self.critic, obs, params, noise)
@@ -387,26 +320,26 @@ class Agent(nn.Module):
         params = self.infer(obs)[0][-1]
         return self.objective(self.critic_target, obs, params, self.noise(obs, 1))[0]  # eq. (10)
 
-    def critic_loss(self, obs, action, target):
-        q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
-        return (q - target).square().mean((-2, -1)).sum(), q
+    def descend(self, name, loss):
+        """One step of an optimizer, with gradients of its own parameters alone."""
+        opt = self.opts[name]
+        opt.zero_grad()
+        loss.backward(inputs=[parameter for group in opt.param_groups for parameter in group["params"]])
+        opt.step()
 
     def actor_loss(self, obs):
         """Losses of the inference network and of α, and metrics. Gradients that served as inputs serve again."""
         trace, measured, gates = self.infer(obs)
-        noise = self.noise(obs, self.args.action_samples)
+        noise = self.noise(obs, self.samples)
         measured.append(self.gradient(obs, trace[-1], noise))  # at λ_K
         _, objective, kl = measured[-1]
         # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ), at the cost of the inference network alone.
-        used = [*zip(trace, measured)][1 if self.args.loss == "mean" else -1 :]
-        loss = -sum((params * grad).sum((-2, -1)).mean(-1).sum() for params, (grad, *_) in used) / len(used)
+        losses = [-(trace[k] * measured[k][0]).sum((-2, -1)).mean(-1).sum() for k in range(1, len(trace))]
+        loss = sum(losses) / len(losses)
 
         gaussian = self.args.prior == "gaussian"
         log_prob = self.log_prob(trace[-1].detach(), noise) if gaussian else kl
-        excess = log_prob + self.target_entropy
-        if self.args.alpha_target == "kl":  # as far from the prior as the target entropy is from uniform
-            excess = kl + self.target_entropy - self.uniform_kl * gaussian
-        loss = loss - (self.log_alpha.exp() * excess).mean((-2, -1)).sum()
+        loss = loss - (self.log_alpha.exp() * (log_prob + self.target_entropy)).mean((-2, -1)).sum()
         metrics = {"policy/entropy": -log_prob, "policy/kl": kl + self.uniform_kl * (not gaussian)}
         if self.iterative:
             metrics |= {"policy/objective_prior": measured[0][1], "policy/objective_first": measured[1][1],
@@ -417,15 +350,10 @@ class Agent(nn.Module):
         """One step of critics, inference network and α on columns (trials, n, ·); returns metrics, (trials, n, ·)."""
         obs, action, reward, next_obs, terminated = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (8, 9)
-        loss, q = self.critic_loss(obs, action, target)
-        self.opts["critic"].zero_grad()
-        loss.backward()
-        self.opts["critic"].step()
-
+        q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
+        self.descend("critic", (q - target).square().mean((-2, -1)).sum())
         loss, metrics = self.actor_loss(obs)
-        self.opts["actor"].zero_grad()
-        loss.backward()
-        self.opts["actor"].step()
+        self.descend("actor", loss)
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return metrics | {"loss/critic": (q.detach() - target).square().mean(0), "value/q": q.detach().mean(0)}
@@ -440,191 +368,358 @@ class Agent(nn.Module):
         return metrics | {"policy/alpha": self.log_alpha.detach().exp().flatten()}
 
 
+def train(args):
+    """Algorithm 1."""
+    envs = make_envs(args, args.trials)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = Agent(args, obs_dim, action_dim)
+    buffer = ReplayBuffer(args.trials, args.buffer_size, obs_dim, action_dim, args.device)
+    run, metrics = Run(args, agent, envs, [buffer]), {}
+    for step in run.steps():
+        # act: at random at first
+        action = agent.act(run.obs) if step > args.learning_starts else run.random_action()
+
+        # remember: a time limit is not a termination, and an episode's last state is not the next one's first
+        obs, reward, next_obs, terminated = run.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)
+
+        # learn
+        if step >= args.learning_starts:
+            metrics = agent.learn(buffer)
+
+        # evaluate, log, save
+        run.finish(metrics)
+
+
 @torch.no_grad()
-def evaluate(agent, envs, args):
-    """Returns and lengths (trials, episodes) of an episode per environment: deterministic actions, fixed seeds."""
+def evaluate(agent, envs, args, stop=()):
+    """Metric -> (trials, episodes): deterministic actions, fixed seeds, one episode per environment, or until a signal."""
     obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
-    returns, lengths, alive = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-    while alive.any():
+    returns, discounted, lengths = np.zeros((3, envs.num_envs))
+    alive = np.ones(envs.num_envs, bool)
+    while alive.any() and lengths.max() < args.max_eval_steps and not stop:
         obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
         action = agent.act(obs, deterministic=True).flatten(0, 1)
         obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
-        returns, lengths, alive = returns + alive * reward, lengths + alive, alive & ~(terminated | truncated)
-    return returns.reshape(args.trials, -1), lengths.reshape(args.trials, -1)
+        returns += alive * reward
+        discounted += alive * reward * args.gamma**lengths
+        lengths += alive
+        alive &= ~(terminated | truncated)
+    sums = {"eval/return": returns, "eval/length": lengths, "eval/discounted_return": discounted}
+    return {name: values.reshape(args.trials, -1) for name, values in sums.items()}
 
 
-class Logger:
-    """metrics.csv in long form (trial -1: shared by all), optionally Weights & Biases, and curve.png."""
-
-    def __init__(self, args, step):
-        self.path, lines = Path(args.run_dir) / "metrics.csv", []
-        if self.path.exists():  # a resumed run logs anew whatever came after its checkpoint
-            lines = [line for line in self.path.read_text().splitlines()[1:] if line.count(",") == 3]
-        lines = ["step,trial,metric,value", *(line for line in lines if int(line.split(",")[0]) <= step), ""]
-        self.path.with_suffix(".tmp").write_text("\n".join(lines))
-        self.path.with_suffix(".tmp").replace(self.path)
-        self.file = open(self.path, "a", buffering=1)
-        self.wandb = importlib.import_module("wandb") if args.wandb != "disabled" else None
-        if self.wandb:
-            self.wandb.init(project=args.wandb_project, dir=args.run_dir, mode=args.wandb, config=vars(args))
-
-    def log(self, step, metrics, trials=None):
-        """metrics: name -> number, or value per trial (only those in `trials` count); here values leave the device."""
-        for name, values in metrics.items():
-            values = values.tolist() if hasattr(values, "tolist") else values
-            rows = dict(enumerate(values)) if isinstance(values, list) else {-1: values}
-            rows = {trial: rows[trial] for trial in (rows if trials is None else trials)}
-            self.file.writelines(f"{step},{trial},{name},{value:.6g}\n" for trial, value in rows.items())
-            if self.wandb:
-                each = {f"{name}/trial_{trial}": value for trial, value in rows.items()}
-                self.wandb.log({name: sum(rows.values()) / len(rows)} | each, step=step)
-
-    def draw(self, title):
-        """curve.png: mean and one standard deviation of the evaluation return over the trials."""
-        from matplotlib.figure import Figure
-
-        curve, figure = defaultdict(list), Figure(figsize=(5, 3.5), layout="constrained")
-        for step, _, metric, value in (line.split(",") for line in self.path.read_text().splitlines()):
-            if metric == "eval/return":
-                curve[int(step)].append(float(value))
-        if not curve:
-            return
-        mean, std = np.mean([*curve.values()], 1), np.std([*curve.values()], 1)
-        axes = figure.add_subplot(title=title, xlabel="environment steps per trial", ylabel="evaluation return")
-        axes.plot([*curve], mean)
-        axes.fill_between([*curve], mean - std, mean + std, alpha=0.3)
-        figure.savefig(self.path.with_name("curve.png"), dpi=150)
+# ----------------------------------------------------------------------------------------------------------------------
+# Below: the same in every script. Environments, a run and its files, the command line.
 
 
-def save(path, args, step, agent, buffers):
-    """Write a checkpoint beside its place and rename it: a process killed meanwhile leaves the last one whole."""
-    state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
-             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
-             "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+def make_envs(args, num_envs, **kwargs):
+    """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
+    if args.env_id.startswith("dm_control/"):
+        gym.register_envs(importlib.import_module("shimmy"))
+
+    def wrap(env):
+        space = env.action_space
+        vector = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1
+        span = space.high - space.low if vector else np.zeros(0)
+        if not span.size or not np.all((span > 0) & (span < np.inf)):
+            raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
+        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+    return gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
+                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
 
 
-def load(path, args, agent, buffers=()):
-    """Read a checkpoint into the agent and the buffers; returns the environment step it was taken at."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a file can be damaged in many ways
-        fail(f"{path}: cannot be read as a checkpoint")
-    if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
-        fail(f"{path}: a checkpoint of {state['script']}.py on {state['env_id']}")
-    agent.load_state_dict(state["agent"])
-    for name, opt in agent.opts.items():
-        opt.load_state_dict(state["opts"][name])
-    for buffer, saved in zip(buffers, state["buffers"]):
-        buffer.load_state_dict(saved)
-    torch.cuda.manual_seed_all(args.seed + state["step"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+class Run:
+    """What surrounds the algorithm: steps and episodes, as columns (trials, 1, ·), signals, metrics, checkpoints."""
 
+    def __init__(self, args, agent, envs, buffers):
+        self.args, self.agent, self.envs, self.buffers, self.dir = args, agent, envs, buffers, Path(args.run_dir)
+        self.eval_envs = make_envs(args, args.trials * args.eval_episodes)
+        self.now = load(args, agent, buffers) if args.resume else 0
+        if self.now >= args.total_steps:
+            fail(f"--total-steps {args.total_steps}: the run is at step {self.now} already")
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        rows = [",".join(row) for row in read_metrics(self.dir) if int(row[0]) <= self.now]  # later ones come again
+        with replacing(self.dir / "metrics.csv") as path:
+            path.write_text("\n".join(["step,trial,metric,value", *rows, ""]))
+        with replacing(self.dir / "args.json") as path:
+            path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
+        self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
+            project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
+        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, "
+            f"steps {self.now:,} to {args.total_steps:,}")
+        self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
+        self.stop, self.result, self.timed = [], "", (self.now, time.perf_counter())
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup wants the run to go on
+                signal.signal(signum, lambda number, _: self.stop.append(number))
+        self.reset()
 
-def main(args):
-    """Train (or, with --evaluate, only evaluate) and return the exit code."""
-    torch.manual_seed(args.seed)
-    render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    envs = make_envs(args.env_id, args.trials)
-    eval_envs = make_envs(args.env_id, args.trials * args.eval_episodes, **render)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    agent, run_dir = Agent(args, obs_dim, action_dim), Path(args.run_dir)
-    if args.evaluate:
-        step = load(run_dir / "checkpoint.pt", args, agent)
-        if args.capture_video:
-            eval_envs = gym.wrappers.vector.RecordVideo(eval_envs, str(run_dir / "videos"), name_prefix=f"step-{step}",
-                                                        episode_trigger=lambda n: n == 0, record_first_only=True)
-        for trial, returns in enumerate(evaluate(agent, eval_envs, args)[0]):
-            print(f"{args.env_id}, step {step}, trial {trial}: return {returns.mean():.1f} ± {returns.std():.1f} "
-                  f"over {len(returns)} episodes")
-        eval_envs.close()
-        return 0
+    def reset(self):
+        """Begin new episodes, as a resumed run does."""
+        seeds = [self.args.seed + i + self.now for i in range(self.args.trials)]
+        self.obs, self.restart = self.column(self.envs.reset(seed=seeds)[0]), self.now
+        self.returns, self.lengths = np.zeros(self.args.trials), np.zeros(self.args.trials)
 
-    buffer = ReplayBuffer(args.trials, args.buffer_size, obs_dim, action_dim, args.device)
-    start = load(run_dir / "checkpoint.pt", args, agent, (buffer,)) if args.resume else 0
-    if start >= args.total_steps:
-        fail(f"--total-steps {args.total_steps}: the run is at step {start} already")
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-    size = sum(parameter.numel() for parameter in agent.parameters())
-    print(f"{run_dir}: {args.env_id} (observation {obs_dim}, action {action_dim}), {args.trials} trial(s) on "
-          f"{args.device}, {size:,} parameters, {args.action_samples} action samples,"
-          f" steps {start:,} to {args.total_steps:,}", flush=True)
+    def column(self, x):
+        return torch.as_tensor(x, dtype=torch.float32, device=self.args.device).view(self.args.trials, 1, -1)
 
-    logger, bar = Logger(args, start), tqdm(total=args.total_steps, initial=start, disable=None, smoothing=0.01)
-    stop, bad, metrics, seconds, clock = [], None, {}, defaultdict(float), time.perf_counter()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: stop.append(signum))
+    def steps(self):
+        """The environment steps that are left; a signal ends them, and then the process."""
+        while self.now < self.args.total_steps and not self.stop:
+            self.now += 1
+            yield self.now
+        say(f"{self.dir}: ended at step {self.now:,}{self.result}")
+        if self.stop:
+            sys.exit(128 + self.stop[0])
 
-    def lap(paragraph):
-        nonlocal clock
-        clock, before = time.perf_counter(), clock
-        seconds[paragraph] += clock - before
+    def random_action(self):
+        """Uniform in all trials, drawn anew every --explore-hold steps."""
+        if (self.now - self.restart - 1) % self.args.explore_hold == 0:
+            width = self.envs.single_action_space.shape[0]
+            self.action = torch.rand(self.args.trials, 1, width, device=self.args.device) * 2 - 1
+        return self.action
 
-    column = lambda x: torch.as_tensor(x, dtype=torch.float32, device=args.device).view(args.trials, 1, -1)
-    restart, (obs, _) = start, envs.reset(seed=[args.seed + i + start for i in range(args.trials)])
-    returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
-    for step in range(start + 1, args.total_steps + 1):
-        # act
-        if step > args.learning_starts:
-            action = agent.act(column(obs))
-        elif (step - restart - 1) % args.explore_hold == 0:
-            action = torch.rand(args.trials, 1, action_dim, device=args.device) * 2 - 1
-        next_obs, reward, terminated, truncated, infos = envs.step(action[:, 0].cpu().numpy())
-        lap("environment")
-
-        # remember: a time limit is not a termination, and an episode's last state is not the next one's first
+    def step(self, action):
+        """Act in all trials; returns obs, reward, next_obs (an episode's last where one ended) and terminated."""
+        obs, action = self.obs, action[:, 0].cpu().numpy()
+        next_obs, reward, terminated, truncated, infos = self.envs.step(action)
         ended, last_obs = terminated | truncated, next_obs.copy()
         for trial in np.flatnonzero(ended):
             last_obs[trial] = infos["final_obs"][trial]
-        buffer.add(column(obs), action, column(reward), column(last_obs), column(terminated))
-        bad = None if np.isfinite([obs, next_obs, last_obs]).all() else "observation"
-        bad = bad or (None if np.isfinite(reward).all() else "reward")
-        obs, returns, lengths = next_obs, returns + reward, lengths + 1
+        for name, x in (("action", action), ("observation", next_obs), ("observation", last_obs), ("reward", reward)):
+            if not np.all(np.abs(x) <= np.finfo(np.float32).max):
+                fail(f"step {self.now}: the {name} is not a finite float32; the last checkpoint stays", code=1)
+        self.obs, self.returns, self.lengths = self.column(next_obs), self.returns + reward, self.lengths + 1
         if ended.any():
-            logger.log(step, {"train/return": returns, "train/length": lengths}, np.flatnonzero(ended))
-        returns, lengths = returns * ~ended, lengths * ~ended
-        lap("buffer")
+            self.log({"train/return": self.returns, "train/length": self.lengths}, np.flatnonzero(ended))
+        self.returns, self.lengths = self.returns * ~ended, self.lengths * ~ended
+        return obs, self.column(reward), self.column(last_obs), self.column(terminated)
 
-        # learn
-        if step >= args.learning_starts and not bad:
-            metrics = agent.learn(buffer)
-            lap("update")
+    def log(self, metrics, trials=None):
+        """metrics: name -> a float for all (trial -1), or a value per trial, of which those in `trials` count."""
+        for name, values in metrics.items():
+            values = {-1: values} if isinstance(values, float) else dict(enumerate(values.tolist()))
+            values = {trial: values[trial] for trial in (values if trials is None else trials)}
+            self.csv.writelines(f"{self.now},{trial},{name},{value:.6g}\n" for trial, value in values.items())
+            if self.wandb:
+                each = {f"{name}/trial_{trial}": value for trial, value in values.items()}
+                self.wandb.log({name: sum(values.values()) / len(values)} | each, step=self.now)
 
-        # evaluate, log, save
-        bar.update()
-        if step >= args.learning_starts and (step % args.eval_every == 0 or step == args.total_steps):
-            eval_returns, eval_lengths = evaluate(agent, eval_envs, args)
-            logger.log(step, {"eval/return": eval_returns.mean(1), "eval/length": eval_lengths.mean(1)})
-            bar.set_postfix_str(f"return {eval_returns.mean():.1f}")
-            lap("evaluation")
-        saves = step % args.save_every == 0 or step == args.total_steps or stop
-        if step % args.log_every == 0 or saves:
-            bad = bad or next((name for name, p in agent.named_parameters() if not p.isfinite().all()), None)
-        if step % args.log_every == 0:
-            speed = min(args.log_every, step - start) / sum(seconds.values())
-            logger.log(step, metrics | {"time/sps": speed} | {f"time/{name}": s for name, s in seconds.items()})
-            if step // args.log_every == max(args.learning_starts, start) // args.log_every + 1:
-                hours = (args.total_steps - step) / speed / 3600
-                tqdm.write(f"about {hours:.2f} hours to go")
-            seconds.clear()
-        if bad:
-            save(run_dir / "nonfinite.pt", args, step, agent, (buffer,))
-            text = f"{SCRIPT}.py: error: step {step}: {bad} is not finite; state saved in {run_dir}/nonfinite.pt"
-            tqdm.write(text, sys.stderr)
-            return 1
-        if saves:
-            save(run_dir / "checkpoint.pt", args, step, agent, (buffer,))
-            restart, (obs, _) = step, envs.reset(seed=[args.seed + i + step for i in range(args.trials)])  # as resumed
-            returns, lengths = np.zeros(args.trials), np.zeros(args.trials)
-            logger.draw(args.env_id)
-            lap("save")
-        if stop:
-            return 128 + stop[0]
-    return 0
+    def finish(self, metrics):
+        """The end of a step: evaluate, log and save where it is due."""
+        args, last = self.args, self.now == self.args.total_steps
+        if self.now >= args.learning_starts and (self.now % args.eval_every == 0 or last):
+            results = evaluate(self.agent, self.eval_envs, args, self.stop)
+            if not self.stop:  # a signal cuts the episodes off
+                self.log({name: values.mean(1) for name, values in results.items()})
+                self.result = f", return {results['eval/return'].mean():.1f}"
+        if self.now % args.log_every == 0:
+            (step, before), self.timed = self.timed, (self.now, time.perf_counter())
+            self.log(metrics | {"time/sps": (self.now - step) / (self.timed[1] - before)})
+        if self.now % args.save_every == 0 or last or self.stop:
+            for name, parameter in self.agent.named_parameters():
+                if not parameter.isfinite().all():
+                    fail(f"step {self.now}: {name} is not finite; the last checkpoint stays", code=1)
+            save(args, self.now, self.agent, self.buffers)
+            draw(args)
+            self.reset()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.set_postfix_str(self.result[2:], refresh=False)
+            self.bar.update()
 
 
+def captured(function, args):
+    """The function; with --cuda-graph as one CUDA graph, recorded at the second call and replayed from then on."""
+    return importlib.import_module("tensordict.nn").CudaGraphModule(function) if args.cuda_graph else function
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to, renamed in the end: a writer that fails or is killed leaves the file as it was."""
+    beside = path.with_suffix(".tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_metrics(run_dir):
+    """Rows of metrics.csv as text, without a last line that a killed process has left unfinished."""
+    path = run_dir / "metrics.csv"
+    with refusing(path):
+        text = path.read_text() if path.exists() else ""
+        rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()[1:]]
+        for step, trial, _, value in rows:
+            int(step), int(trial), float(value)
+    return rows
+
+
+def draw(args):
+    """curve.png: mean and one standard deviation of the evaluation return over the trials."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read_metrics(Path(args.run_dir)) if row[2] == "eval/return"]
+    steps = [int(step) for step, *_ in rows[:: args.trials]]
+    returns = np.array([float(value) for *_, value in rows]).reshape(-1, args.trials)
+    mean, std = returns.mean(1), returns.std(1)
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.add_subplot(title=args.env_id, xlabel="environment steps per trial", ylabel="evaluation return")
+    axes.plot(steps, mean)
+    axes.fill_between(steps, mean - std, mean + std, alpha=0.3)
+    figure.savefig(f"{args.run_dir}/curve.png", dpi=150)
+
+
+def save(args, step, agent, buffers):
+    """Write checkpoint.pt."""
+    state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
+             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
+             "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
+    with replacing(Path(args.run_dir, "checkpoint.pt")) as path:
+        torch.save(state, path)
+
+
+def load(args, agent, buffers=()):
+    """Read checkpoint.pt into the agent and the buffers; returns the environment step it was taken at."""
+    path = Path(args.run_dir, "checkpoint.pt")
+    with refusing(path):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+            raise ValueError(f"{damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
+            raise ValueError(f"a checkpoint of {state['script']}.py on {state['env_id']}")
+        agent.load_state_dict(state["agent"])
+        for name, opt in agent.opts.items():
+            opt.load_state_dict(state["opts"][name])
+        for buffer, saved in zip(buffers, state["buffers"]):
+            buffer.load_state_dict(saved)
+        torch.cuda.manual_seed_all(args.seed + state["step"])
+        torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+def say(text):
+    """Print a line, if anyone still listens."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, sys.stderr)
+
+
+def fail(message, code=2):
+    """Print one line and exit."""
+    say(f"{SCRIPT}.py: error: {' '.join(message.split())}")
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """Whatever is wrong inside (a file, a device, a user's environment) becomes one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).splitlines()[:2])  # of many wrong keys the first
+        fail(f"{what}: {type(error).__name__}: {text}")
+
+
+def wrong_values(args):
+    """(flag, what it allows) of every value that is not of its flag's type or beyond its limits."""
+    for field in dataclasses.fields(args):
+        kind, value, least, most = type(field.default), getattr(args, field.name), None, None
+        if get_origin(field.type) is Annotated:
+            kind, (least, most) = get_args(field.type)
+        if not isinstance(value, kind):
+            yield field.name, f"must be of type {kind.__name__}"
+        elif least is not None is not value and not least <= value <= most:
+            yield field.name, f"allowed are values from {least:g} to {most:g}"
+
+
+def changed_values(args, saved):
+    """(flag, rule) of every value that differs from the saved run's, where it may not."""
+    for name, value in dataclasses.asdict(saved).items():
+        if name not in RESUMABLE and getattr(args, name) != value:
+            yield name, f"differs from the saved run's, {value}"
+
+
+def parse_args(argv=None):
+    """Read the command line and refuse what cannot work; a saved run brings the flags it was begun with."""
+    sys.path.append("")  # modules in the current directory, wherever the script lies
+    args = saved = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    if run_dir := args.resume or args.evaluate:
+        with refusing(f"{run_dir}/args.json"):
+            values = json.loads(Path(run_dir, "args.json").read_text())
+            for name in dataclasses.asdict(args).keys() - values.keys():
+                raise KeyError(name)
+            saved = Args(**values | {"run_dir": run_dir, "resume": "", "evaluate": ""})
+            for name, rule in wrong_values(saved):
+                raise ValueError(f"{name} {values[name]}: {rule}")
+        args = tyro.cli(Args, args=argv, default=saved)
+    for name, rule in (*wrong_values(args), *changed_values(args, saved), *args.conflicts()):
+        fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
+    if args.total_steps < args.learning_starts:
+        fail(f"--total-steps {args.total_steps}: must be at least --learning-starts")
+    if not run_dir and args.run_dir and Path(args.run_dir).exists():
+        fail(f"--run-dir {args.run_dir}: exists already")
+    if args.capture_video and not args.evaluate:
+        fail("--capture-video: needs --evaluate RUN_DIR")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"--device {args.device}"):
+        torch.zeros(1, device=args.device)
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        fail("--cuda-graph: needs --device cuda")
+    with refusing(f"--env-id {args.env_id}"):
+        envs = make_envs(args, 1)
+    with refusing("--cuda-graph"):
+        args.cuda_graph and importlib.import_module("tensordict")
+    with refusing(f"--wandb {args.wandb}"):
+        args.wandb != "disabled" and importlib.import_module("wandb")
+        args.wandb == "online" and importlib.import_module("wandb").login()
+    if args.capture_video:
+        with refusing("--capture-video"):
+            importlib.import_module("moviepy")
+            filmed = make_envs(args, 1, render_mode="rgb_array")
+            filmed.reset()
+            filmed.render()[0].shape
+    needed = 4 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.device.startswith("cuda"):
+        _, memory = torch.cuda.mem_get_info(args.device)
+    if needed > memory:
+        fail(f"--buffer-size {args.buffer_size}: buffers, widths and batches of these sizes ask for "
+             f"{needed / 1e9:,.0f} GB, {args.device} has {memory / 1e9:,.0f}")
+    name = f"{SCRIPT}_s{args.seed}_{datetime.now():%Y%m%d-%H%M%S-%f}"
+    args.run_dir = args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    try:
+        if not args.evaluate:
+            return train(args)
+        envs = make_envs(args, args.trials * args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
+        agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+        step = load(args, agent)
+        if args.capture_video:
+            envs = gym.wrappers.vector.RecordVideo(envs, f"{args.run_dir}/videos", name_prefix=f"step-{step}",
+                                                   episode_trigger=lambda episode: episode == 0, record_first_only=True)
+        for name, values in evaluate(agent, envs, args).items():
+            for trial, x in enumerate(values):
+                print(f"{args.env_id}, step {step}, trial {trial}: {name} {x.mean():.1f} ± {x.std():.1f} "
+                      f"over {len(x)} episodes")
+        envs.close()
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|StreamWriter", str(error)):
+            raise  # a mistake in the code: its trace helps
+        fail(f"{type(error).__name__}: {error}", code=1)
+
+
+RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
+             "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    main()
