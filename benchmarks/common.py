@@ -47,8 +47,11 @@ def load_script(name):
 
 def build(name, **flags):
     """Module, flags, environments and agent of a script, as it makes them at the start of a run."""
+    import torch
+
     script = load_script(name)
     args = script.Args(**flags)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     envs = script.make_envs(args, args.trials)
     agent = script.Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     return script, args, envs, agent
@@ -70,19 +73,17 @@ def run_args(run, flag="--runs", script=""):
     fail(f"{flag} {run}: no args.json, metrics.csv and checkpoint.pt of {script or 'a training script'} there")
 
 
-def open_run(run, flag="--runs", script="", device="cpu", seed=0, buffer=False, **changed):
+def open_run(run, flag="--runs", script="", device="cpu", seed=0, with_buffer=False, **changed):
     """Agent, flags, replay buffer (None unless asked for) and step of a run; what follows draws its noise from the seed."""
     import torch
 
     name, saved = run_args(run, flag, script)
-    script, args, envs, agent = build(name, **vars(saved) | {"device": device} | changed)
-    agent.to(device)
-    if buffer:
-        sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-        buffer = script.ReplayBuffer(args.trials, args.buffer_size, *sizes, device)
-    step = script.load(Path(run), agent, [buffer] if buffer else [])
+    script, args, envs, agent = build(name, **vars(saved) | {"device": device, "run_dir": str(run)} | changed)
+    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    buffer = script.ReplayBuffer(args.trials, args.buffer_size, *sizes, device) if with_buffer else None
+    step = script.load(args, agent, [buffer] if with_buffer else [])
     torch.manual_seed(seed)  # after the checkpoint's own random state
-    return agent, args, buffer or None, step
+    return agent, args, buffer, step
 
 
 def labelled(runs, labels):

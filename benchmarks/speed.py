@@ -112,23 +112,14 @@ def rows_of(table):
 # Ours
 
 
-def fill(buffer, envs, n):
-    """n transitions of random actions per trial; beyond 2,000 they are these again, with a little noise."""
-    trials = len(buffer.trial)
-    column = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32, device=buffer.storage.device).view(trials, 1, -1)
-    obs, _ = envs.reset(seed=0)
-    envs.action_space.seed(0)
-    for _ in range(min(n, 2_000)):
-        action = envs.action_space.sample()
-        next_obs, reward, terminated, *_ = envs.step(action)
-        columns = [column(x) for x in (obs, action, reward, next_obs, terminated)]
-        buffer.add(*columns, *[torch.zeros_like(columns[2])] * (len(buffer.widths) - 5))
-        obs = next_obs
-    seen = buffer.storage[:, : int(buffer.count)].clone()
-    while int(buffer.count) < n:
-        more = seen[:, : n - int(buffer.count)]
-        noisy = more[..., : buffer.widths[0]] + 1e-3 * torch.randn_like(more[..., : buffer.widths[0]])
-        buffer.add(torch.cat([noisy, more[..., buffer.widths[0] :]], -1))
+def fill(buffer, n):
+    """n random transitions per trial, none of which ends its episode."""
+    for start in range(0, n, 10_000):  # full buffers leave no room for copies
+        columns = [torch.randn(len(buffer.trial), min(10_000, n - start), width) for width in buffer.widths]
+        columns[1].tanh_()
+        for column in columns[4:]:
+            column.zero_()
+        buffer.add(*[column.to(buffer.storage.device) for column in columns])
 
 
 def prepare(contestant):
@@ -138,7 +129,7 @@ def prepare(contestant):
     buffers = [script.ReplayBuffer(args.trials, args.buffer_size, *sizes, args.device)]
     if hasattr(agent, "imagine"):
         buffers.append(script.ReplayBuffer(args.trials, args.model_buffer_size, *sizes, args.device))
-    fill(buffers[0], envs, contestant.rows or args.buffer_size)
+    fill(buffers[0], contestant.rows or args.buffer_size)
     return args, envs, agent, buffers
 
 
@@ -281,13 +272,13 @@ class Process:
 
     def __init__(self, contestant, stack):
         context = get_context("spawn")
-        self.pipe, other = context.Pipe()
+        self.contestant, (self.pipe, other) = contestant, context.Pipe()
         process = context.Process(target=serve, args=(other, contestant))
         process.start()
         stack.callback(process.join)
         stack.callback(self.tell, None)
         other.close()
-        self.contestant, self.peak, self.precision = contestant, 0, self.listen()
+        self.peak, self.precision = 0, self.listen()
 
     def tell(self, count):
         try:
