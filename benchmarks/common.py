@@ -46,15 +46,20 @@ def load_script(name):
 
 
 def build(name, **flags):
-    """Module, flags, environments and agent of a script, as it makes them at the start of a run."""
+    """Module, flags, environments, agent and (empty) replay buffer of a script, as it makes them at the start of a run."""
     import torch
 
     script = load_script(name)
     args = script.Args(**flags)
     torch.set_float32_matmul_precision(args.matmul_precision)
     envs = script.make_envs(args, args.trials)
-    agent = script.Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
-    return script, args, envs, agent
+    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = script.Agent(args, *sizes)
+    if hasattr(script, "EpisodeBuffer"):
+        buffer = script.EpisodeBuffer(args.trials, args.buffer_size, *sizes, agent.latent_dim, args.device)
+    else:
+        buffer = script.ReplayBuffer(args.trials, args.buffer_size, *sizes, args.device)
+    return script, args, envs, agent, buffer
 
 
 def run_args(run, flag="--runs", script=""):
@@ -73,15 +78,14 @@ def run_args(run, flag="--runs", script=""):
     fail(f"{flag} {run}: no args.json, metrics.csv and checkpoint.pt of {script or 'a training script'} there")
 
 
-def open_run(run, flag="--runs", script="", device="cpu", seed=0, with_buffer=False, **changed):
-    """Agent, flags, replay buffer (None unless asked for) and step of a run; what follows draws its noise from the seed."""
+def open_run(run, flag="--runs", script="", device="cpu", seed=0, **changed):
+    """Agent, flags, replay buffer and step of a run; what follows draws its noise from the seed."""
     import torch
 
     name, saved = run_args(run, flag, script)
-    script, args, envs, agent = build(name, **vars(saved) | {"device": device, "run_dir": str(run)} | changed)
-    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    buffer = script.ReplayBuffer(args.trials, args.buffer_size, *sizes, device) if with_buffer else None
-    step = script.load(args, agent, [buffer] if with_buffer else [])
+    flags = vars(saved) | {"device": device, "run_dir": str(run)} | changed
+    script, args, _, agent, buffer = build(name, **flags)
+    step = script.load(args, agent, [buffer])
     torch.manual_seed(seed)  # after the checkpoint's own random state
     return agent, args, buffer, step
 

@@ -132,7 +132,7 @@ def distinct_modes(actions, values, distance):
 
 def open_run(run, device, seed):
     """Agent, flags and replay buffer of a run of the script."""
-    return common.open_run(run, "--run", "sac_iterative", device, seed, with_buffer=True)[:3]
+    return common.open_run(run, "--run", "sac_iterative", device, seed)[:3]
 
 
 def buffer_states(buffer, n, seed):

@@ -160,7 +160,7 @@ def predict(agent, tape, after, samples):
             latent = agent.perceive(latent, action, wide("obs", t), wide("reward", t))
         else:
             latent = VEM.sample(*agent.latent_prior(latent, action))
-            percept = agent.percepts.inverse(VEM.sample(agent.decode(latent)[0], agent.scale))[..., :-1]
+            percept = agent.percepts.inverse(VEM.sample(*agent.decode(latent)[:2]))[..., :-1]
             moments.append(torch.std_mean(percept.unflatten(1, (episodes, samples)), 2))
         action = wide("action", t)
     std, mean = (torch.stack(values, 1) for values in zip(*moments))

@@ -86,16 +86,15 @@ def random_rows(steps, hold=5, seed=0):
 
 def reward_fit(args):
     """Rows place, move, weight, reward (expected, after a step) of baselines/mbpo.py's dynamics; weight true: sampled."""
-    data, sizes = random_rows(args.steps), {"model_dim": 100, "model_layers": 3}
+    data = random_rows(args.steps)
     places, moves = torch.tensor(PLACES, dtype=torch.float32)[None].unbind(-2)
     after = places + moves + NOISE * torch.randn(100_000, *places.shape[1:], generator=torch.Generator().manual_seed(0))
     paid = exit_reward(*after.double().numpy().reshape(-1, 2).T).reshape(len(after), -1)
     found = {"true": STEP_REWARD + paid.mean(0)}
     for weight in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        script, _, _, agent = build("mbpo", env_id="RiskyEdge-v0", device="cpu", variance_weight=weight,
-                                    min_first_batches=args.batches, max_batches=args.batches, **sizes)
-        buffer = script.ReplayBuffer(1, args.steps, 2, 2, "cpu")
+        *_, agent, buffer = build("mbpo", env_id="RiskyEdge-v0", device="cpu", buffer_size=args.steps, variance_weight=weight,
+                                  min_first_batches=args.batches, max_batches=args.batches, model_dim=100, model_layers=3)
         buffer.add(*data[None].split(buffer.widths, -1))
         agent.fit_model(buffer)
         with torch.no_grad():

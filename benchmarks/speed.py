@@ -113,24 +113,28 @@ def rows_of(table):
 
 
 def fill(buffer, n):
-    """n random transitions per trial, none of which ends its episode."""
+    """n random transitions per trial, none of which ends its episode; active_vem.py's count the steps of episodes of 200."""
     for start in range(0, n, 10_000):  # full buffers leave no room for copies
-        columns = [torch.randn(len(buffer.trial), min(10_000, n - start), width) for width in buffer.widths]
+        place = torch.arange(start, min(start + 10_000, n))
+        columns = [torch.randn(len(buffer.storage), len(place), width) for width in buffer.widths]
         columns[1].tanh_()
         for column in columns[4:]:
             column.zero_()
-        buffer.add(*[column.to(buffer.storage.device) for column in columns])
+        if len(columns) == 7:
+            columns[6] += (place % 200)[:, None]
+        buffer.storage[:, place] = torch.cat(columns, -1).to(buffer.storage.device)
+    buffer.added += n
 
 
 def prepare(contestant):
-    """Module, flags, environments, agent and buffers of one of our scripts."""
-    script, args, envs, agent = build(contestant.script, **{"env_id": TASK, "device": contestant.device} | contestant.flags)
+    """Flags, environments, agent and buffers of one of our scripts."""
+    flags = {"env_id": TASK, "device": contestant.device} | contestant.flags
+    script, args, envs, agent, buffer = build(contestant.script, **flags)
+    fill(buffer, contestant.rows or args.buffer_size)
+    if not hasattr(agent, "imagine"):
+        return args, envs, agent, [buffer]
     sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    buffers = [script.ReplayBuffer(args.trials, args.buffer_size, *sizes, args.device)]
-    if hasattr(agent, "imagine"):
-        buffers.append(script.ReplayBuffer(args.trials, args.model_buffer_size, *sizes, args.device))
-    fill(buffers[0], contestant.rows or args.buffer_size)
-    return args, envs, agent, buffers
+    return args, envs, agent, [buffer, script.ReplayBuffer(args.trials, args.model_buffer_size, *sizes, args.device)]
 
 
 def update(contestant):

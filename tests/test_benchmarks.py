@@ -65,7 +65,7 @@ def test_a_run_is_opened_as_it_was_trained(tmp_path):
              "--hidden-dim 8 --model-dim 8 --rollouts 50 --model-buffer-size 100 --updates-per-step 1 --min-first-batches 2 "
              "--min-batches 2 --batch-size 8 --device cpu --max-eval-steps 50 --run-dir run")
     script.main(flags.split())
-    agent, args, buffer, step = common.open_run("run", with_buffer=True, eval_episodes=1)
+    agent, args, buffer, step = common.open_run("run", eval_episodes=1)
     assert step == 60 and args.trials == 2 and args.eval_episodes == 1 and buffer.rows().shape[1] == 60
     assert type(agent).__module__ == "beta_vmbpo" and common.run_args("run")[1].hidden_dim == 8
     for wrong in ({"run": "nowhere"}, {"run": "run", "script": "sac_iterative"}):
