@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -30,6 +31,20 @@ def say(text):
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def at_least(args, **least):
+    """Refuse numbers, or tuples of them, that are too small, by the flag's name."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if min(value if isinstance(value, tuple) else (value,), default=low) < low:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+
+
+def commit():
+    """The repository's commit, with a mark where files differ from it."""
+    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return git.stdout.strip()
 
 
 # Scripts and runs

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from common import HERE, ROOT, fail, metrics_of, say
+from common import HERE, ROOT, at_least, commit, fail, metrics_of, say
 
 TABLE = HERE / "experiments.toml"
 STOPPED, RUNNING = [], []  # signals received; processes of this machine
@@ -196,9 +196,8 @@ def attempt(run, threads):
             code = -1
         if code == 2 and not note and at_its_end:  # it had come to its end, and there was no time to note it
             code = 0
-        git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
         spent = note.get("seconds", 0) + round(time.time() - before)
-        note = {"command": run.command, "code": code, "seconds": spent, "commit": git.stdout.strip(), "node": os.uname().nodename}
+        note = {"command": run.command, "code": code, "seconds": spent, "commit": commit(), "node": os.uname().nodename}
         Path(f"{run.dir}.json").write_text(json.dumps(note, indent=2))
         return code
 
@@ -230,8 +229,7 @@ def on_cluster(args):
 
 
 def main(args):
-    if min(args.jobs, args.cpus_per_run) < 1 or min(args.gpus_per_run, args.retries) < 0:
-        fail("--jobs and --cpus-per-run count from 1, --gpus-per-run and --retries from 0")
+    at_least(args, jobs=1, cpus_per_run=1, gpus_per_run=0, retries=0)
     runs = runs_of(args)
     if args.dry_run:
         for run in runs:

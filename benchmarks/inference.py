@@ -2,7 +2,6 @@
 
     python benchmarks/inference.py improvement --run RUN                            # Figure 2; RUN trained with K = 10
     python benchmarks/inference.py gap --total-steps 5000 --flags="--env-id Pendulum-v1 --trials 3"
-    python benchmarks/inference.py iterations --run RUN
     python benchmarks/inference.py landscape --run RUN --dims 0 1
     python benchmarks/inference.py optimizers --run RUN
 
@@ -31,7 +30,7 @@ import common
 import numpy as np
 import torch
 import tyro
-from common import ROOT, band, fail, group, load_script, publish, run_args
+from common import ROOT, at_least, band, fail, group, load_script, publish, run_args
 
 SAC = load_script("sac_iterative")
 ROWS = 2**15  # actions that the critics judge at a time: bounds the memory, not the result
@@ -212,38 +211,43 @@ class OnRun(Experiment):
 
 @dataclasses.dataclass
 class Improvement(OnRun):
-    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1)."""
+    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1); and
+    the evaluation return with k iterations at test time."""
 
     iters: int = 10  # K
     episodes: int = 5  # per trial
     states: int = 1_000  # at most so many per trial, evenly spaced over the episodes
     name = "fig2"
+    size = 13, 3.6
 
     def measure(self):
         agent, saved, _ = open_run(self.run, self.device, self.seed)
         if not agent.iterative:
             fail(f"--run {self.run}: its inference is direct, there is nothing to iterate")
-        returns, states, running = roll_out(agent, saved, self.episodes, self.iters)
+        _, states, running = roll_out(agent, saved, self.episodes, self.iters)
         met = running.sum((1, 2))  # (trials,)
         places = np.linspace(0, met - 1, min(self.states, met.min())).round().astype(int).T  # (trials, n)
         obs = [state[torch.as_tensor(on)][place] for state, on, place in zip(states, running, places)]
         obs = torch.stack(obs)  # (trials, n, obs_dim)
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
         value = torch.stack([estimate(agent, obs, params, noise) for params in learned(agent, obs, self.iters)])
-        for k, trial in itertools.product(range(self.iters + 1), range(saved.trials)):
-            now, prior, first = value[k, trial], value[0, trial], value[1, trial]  # (n,)
-            relative = 100 * (now - prior) / prior.abs()
-            yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters, "return": returns[trial].mean(),
-                   **moments("objective", now), **moments("absolute", now - prior), **moments("relative", relative),
-                   "relative_median": relative.median().item(), **moments("from_first", now - first)}
+        for k in range(self.iters + 1):
+            returns = roll_out(agent, saved, self.episodes, k)[0]
+            for trial in range(saved.trials):
+                now, prior, first = value[k, trial], value[0, trial], value[1, trial]  # (n,)
+                relative = 100 * (now - prior) / prior.abs()
+                yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters, **moments("return", returns[trial]),
+                       **moments("objective", now), **moments("absolute", now - prior), **moments("relative", relative),
+                       "relative_median": relative.median().item(), **moments("from_first", now - first)}
 
     def draw(self, rows, figure):
-        titles = {"absolute": "J̃(λ_k) − J̃(λ_0)", "relative": "… in % of |J̃(λ_0)|", "from_first": "J̃(λ_k) − J̃(λ_1)"}
-        for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
+        titles = {"absolute": "J̃(λ_k) − J̃(λ_0)", "relative": "… in % of |J̃(λ_0)|", "from_first": "J̃(λ_k) − J̃(λ_1)",
+                  "return": "evaluation return"}
+        for axis, (name, title) in zip(figure.subplots(1, 4), titles.items()):
             shown = [row for row in rows if name != "from_first" or int(row["k"])]
             k, mean, std = line(axis, shown, "k", name, marker=".")
             axis.set(title=title, xlabel=f"iteration k (trained with {rows[0]['trained_iters']})")
-            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over states and trials"
+            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over states (episodes) and trials"
 
 
 @dataclasses.dataclass
@@ -319,37 +323,6 @@ class Gap(Experiment):
                        f"{fresh[-1]:.4g} on fresh noise")
             axis.set(title=f"{title}; dotted: fresh noise", xlabel="environment steps per trial")
         axes[0].legend(fontsize=8)
-
-
-@dataclasses.dataclass
-class Iterations(OnRun):
-    """Evaluation return, and J̃ in states of the replay buffer, against the number of iterations at test time."""
-
-    iters: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # numbers of iterations
-    episodes: int = 5  # per trial
-    states: int = 500  # per trial
-    name = "iterations"
-
-    def measure(self):
-        agent, saved, buffer = open_run(self.run, self.device, self.seed)
-        obs = buffer_states(buffer, self.states, self.seed)
-        noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
-        trace = learned(agent, obs, max(self.iters))
-        prior = estimate(agent, obs, trace[0], noise)
-        for k in sorted(set(self.iters)):
-            value, returns = estimate(agent, obs, trace[k], noise), roll_out(agent, saved, self.episodes, k)[0]
-            for trial in range(saved.trials):
-                yield {"trial": trial, "k": k, "trained_iters": agent.iters, **moments("return", returns[trial]),
-                       **moments("objective", value[trial]), **moments("improvement", (value - prior)[trial])}
-
-    def draw(self, rows, figure):
-        titles = {"return": "evaluation return", "improvement": "J̃(λ_k) − J̃(λ_0), replay buffer"}
-        for axis, (name, title) in zip(figure.subplots(1, 2), titles.items()):
-            k, mean, std = line(axis, rows, "k", name, marker=".")
-            axis.axvline(int(rows[0]["trained_iters"]), color="black", linestyle=":", linewidth=1)
-            axis.set(title=title, xlabel="iterations at test time (dotted: in training)", xscale="symlog")
-            axis.set_xticks(k, [f"{x:.0f}" for x in k])
-            yield f"{title}: " + ", ".join(f"k={x:.0f}: {m:.4g} ± {s:.2g}" for x, m, s in zip(k, mean, std))
 
 
 @dataclasses.dataclass
@@ -444,8 +417,8 @@ class Optimizers(OnRun):
     name = "optimizers"
 
     def measure(self):
-        if not 2 <= self.elites <= self.population:
-            fail(f"--elites {self.elites}: allowed are values from 2 to --population {self.population}")
+        if self.elites > self.population:
+            fail(f"--elites {self.elites}: must be at most --population {self.population}")
         agent, saved, buffer = open_run(self.run, self.device, self.seed)
         obs = buffer_states(buffer, self.states, self.seed)
         start, gradients = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * agent.samples
@@ -477,36 +450,24 @@ class Optimizers(OnRun):
         axes[0].legend(fontsize=8)
 
 
-COUNTS_FROM_0 = {"seed", "dims", "trial", "state"}
+LEAST = {"iters": 1, "episodes": 1, "states": 1, "samples": 1, "total_steps": 1, "pieces": 1, "adam_steps": 1, "starts": 1,
+         "grid": 2, "population": 2, "elites": 2, "adam_rate": 1e-9, "adam_rates": 1e-9, "distance": 0, "seed": 0, "dims": 0,
+         "trial": 0, "state": 0, "paths": 0}
 
 
-def check(args):
-    """Refuse numbers that cannot work, before anything is opened."""
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        low = 0 if name in COUNTS_FROM_0 or isinstance(args, Iterations) and name == "iters" else 1e-9
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not low <= number < 2**31:
-                fail(f"{flag} {number}: must be {'at least 0' if low == 0 else 'above 0'} and below 2^31")
-        if value == () and name in ("iters", "adam_rates"):
-            fail(f"{flag}: name at least one")
+def main(args):
+    at_least(args, **{name: least for name, least in LEAST.items() if hasattr(args, name)})
+    if args.from_csv:
+        return publish(args.out, None, args.draw, args.size)
     try:
         torch.zeros(1, device=getattr(args, "device", "cpu"))
     except Exception:  # whatever a device that is not there raises
         fail(f"--device {args.device}: not there; use cpu")
-
-
-def main(args):
-    check(args)
-    if "/" in args.out:
-        fail(f"--out {args.out}: a name without folders")
-    if args.from_csv:
-        return publish(args.out, None, args.draw, args.size)
     env_id = args.env_id()
     name = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
     return publish(name, args.measure(), args.draw, args.size)
 
 
 if __name__ == "__main__":
-    commands = Improvement | Gap | Iterations | Landscape | Optimizers
+    commands = Improvement | Gap | Landscape | Optimizers
     sys.exit(main(tyro.cli(commands, description=__doc__.splitlines()[0])))

@@ -16,7 +16,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 import tyro
-from common import band, fail, group, labelled, load_script, open_run, publish, say, write
+from common import at_least, band, fail, group, labelled, load_script, open_run, publish, say, write
 
 VEM = load_script("active_vem")
 TASKS = "DoubleIntegrator", *VEM.POSITIONS  # whose true velocity can be read
@@ -245,9 +245,7 @@ def draw(rows, figure):
 
 
 def main(args):
-    for name, least in {"episodes": 2, "after": 1, "samples": 2, "seeds": 2}.items():
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+    at_least(args, episodes=2, after=1, samples=2, seeds=2)
     if args.controllers:
         write("latent_controllers", controllers(args))
         return 0

@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import fail, group, labelled, open_run, publish, say, write
+from common import at_least, group, labelled, open_run, publish, say, write
 
 TASK, GOAL, STEPS = "MountainCarContinuous-v0", 0.45, 999
 
@@ -128,8 +128,7 @@ def draw(rows, figure):
 
 
 def main(args):
-    if args.episodes < 1:
-        fail(f"--episodes {args.episodes}: must be at least 1")
+    at_least(args, episodes=1)
     rows = None
     if not args.from_csv:
         rows, summary = measure(args)

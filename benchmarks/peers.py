@@ -21,7 +21,7 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import tyro
-from common import fail, say
+from common import at_least, fail, say
 
 
 @dataclasses.dataclass
@@ -86,9 +86,7 @@ def train(args, trial, file):
 
 def main(args):
     run = Path(args.run_dir or f"runs/{args.env_id.replace(':', '_')}/peers_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
-    for name in ("trials", "total_steps", "learning_starts", "eval_every", "eval_episodes"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    at_least(args, trials=1, total_steps=1, learning_starts=1, eval_every=1, eval_episodes=1)
     if run.exists():
         fail(f"--run-dir {run}: exists already")
     try:

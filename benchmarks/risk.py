@@ -25,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import build, fail, group, labelled, open_run, publish, say, write
+from common import at_least, build, fail, group, labelled, open_run, publish, say, write
 from benchmarks.tasks import NOISE, SIZE, STEP_REWARD, exit_reward
 
 EDGES = "left", "right", "top", "bottom"
@@ -139,9 +139,9 @@ def describe(label, trial, returns, paths):
 
 
 def main(args):
-    for name, low, high in (("gamma", 0, 1), ("steps", 300, 1e9), ("batches", 1, 1e9), ("episodes", 1, 1e9)):
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name} {getattr(args, name)}: allowed are values from {low} to {high:g}")
+    at_least(args, episodes=1, gamma=0, steps=300, batches=1)
+    if args.gamma > 1:
+        fail(f"--gamma {args.gamma}: must be at most 1")
     if args.optimum:
         axis, value = optimum(args.gamma)
         say(f"optimal discounted value at the start: {value[len(axis) // 2, len(axis) // 2]:.2f}")

@@ -11,9 +11,9 @@
 writes benchmarks/results/speed_TABLE.csv. Every contestant has a process of its own, kept alive and told when to run a
 block: A B A B …, never two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and
 most over `--blocks` pairs. Peers come at their own defaults, and once more (`same_`) with float32 products as precise as
-ours are. A block is `--updates` updates or minibatches (a fit of so many, with all it does beside them), or, in steps and
-memory, the environment steps from one fit to the next, the fit among them. Evaluation and checkpoints are in nothing.
-Stable-Baselines3 takes part where it is installed; mbpo_pytorch's form is written here after its description.
+ours are. A block is `--updates` updates, or a fit of 100 minibatches with all it does beside them, or the environment steps
+from one fit to the next, the fit among them. Evaluation and checkpoints are in nothing. Stable-Baselines3 takes part where
+it is installed; mbpo_pytorch's form is written here after its description.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import importlib.util
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -35,15 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from common import ROOT, build, fail, say, write
+from common import at_least, build, commit, fail, load_script, say, write
 from torch import nn
 
 TASK = "HalfCheetah-v4"  # 17 observations, 6 actions
 SAC = {"inference": "direct", "prior": "uniform", "action_samples": 1, "batch_size": 256}  # what makes sac_iterative.py SAC
-ITERATIVE = {"inference_iters": 2, "action_samples": 10, "batch_size": 128}
 FULL = {"min_first_batches": 5, "min_batches": 5, "max_batches": 5, "fit_every": 1}  # memory does not ask for more
+HUNDRED = {"min_first_batches": 100, "min_batches": 100, "max_batches": 100}  # minibatches of a fit
 TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400,
-        "model_buffer_size": 60, "updates_per_step": 2, "fit_every": 2, "min_first_batches": 2, "min_batches": 2,
+        "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2,
         "max_batches": 2, "windows": 2, "window_length": 5}  # where a script has such a flag
 
 
@@ -51,7 +50,7 @@ TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "ro
 class Args:
     table: Literal["sac", "fit", "inference", "steps", "latent", "memory", "growth"] = "sac"  # what is measured
     blocks: int = 12  # pairs of neighbouring blocks, or blocks of a contestant without a peer
-    updates: int = 50  # per block
+    updates: int = 50  # per block; of minibatches 100
     matmul_precision: Literal["default", "highest", "high", "medium"] = "default"  # ours; default: each script's own
     device: str = "cpu"  # cpu, cuda
     cuda_graph: bool = False  # replay our own updates and minibatches as CUDA graphs
@@ -67,46 +66,55 @@ class Contestant:
     flags: dict = dataclasses.field(default_factory=dict)  # of the script, beside its defaults
     rows: int = 10_000  # transitions in the buffer per trial; 0: as many as it holds
     threads: int = 1  # of torch
+    calls: int = 0  # per block; 0: --updates
+    parts: int = 1  # a call's time is divided by so many: trials, minibatches
     precision: str = "default"  # of float32 products; default: the script's, and PyTorch's for peers
     device: str = "cpu"
-    trials: int = 1  # that an update counts for
 
 
-def ours(kind, script, rows=10_000, threads=1, **flags):
-    return Contestant(kind, script, flags, rows, threads, trials=flags.get("trials", 1))
+def update(script, rows=10_000, threads=1, **flags):
+    return Contestant("update", script, flags, rows, threads, parts=flags.get("trials", 1))
+
+
+def fit(**flags):
+    return Contestant("fit", "mbpo", HUNDRED | flags, calls=1, parts=100 * flags.get("trials", 1))
+
+
+def steps(script, rows=10_000, calls=250, **flags):
+    return Contestant("steps", script, flags, rows, calls=calls, parts=flags.get("trials", 1))
 
 
 def rows_of(table):
     """Name of a row -> our contestant, and the peer's or None."""
     if table == "sac":
         for trials, threads in ((1, 1), (1, 2), (5, 1)):
-            yield (f"SAC update, {trials} trial(s), {threads} thread(s)",
-                   ours("update", "sac_iterative", threads=threads, trials=trials, **SAC), Contestant("sb3", threads=threads))
+            name = f"SAC update, {trials} trial(s), {threads} thread(s)"
+            yield name, update("sac_iterative", threads=threads, trials=trials, **SAC), Contestant("sb3", threads=threads)
     if table == "fit":
-        yield "minibatch of a fit", ours("fit", "mbpo"), Contestant("mbpo_pytorch")
+        yield "minibatch of a fit", fit(), Contestant("mbpo_pytorch", calls=100)
     if table == "inference":
         for samples in (10, 200):
-            flags = ITERATIVE | {"action_samples": samples}
-            yield f"iterative, K = 2, {samples} samples", ours("update", "sac_iterative", **flags), Contestant("sb3")
+            own = update("sac_iterative", inference_iters=2, action_samples=samples, batch_size=128)
+            yield f"iterative, K = 2, {samples} samples", own, Contestant("sb3")
     if table == "steps":
         for script, rows, trials in (("beta_vmbpo", 10_000, 1), ("beta_vmbpo", 10_000, 3), ("beta_vmbpo", 100_000, 1),
                                      ("beta_vmbpo", 100_000, 3), ("vmbpo", 10_000, 1), ("mbpo", 10_000, 1)):
-            yield f"{script}, {rows:,} rows, {trials} trial(s)", ours("steps", script, rows, trials=trials), None
+            yield f"{script}, {rows:,} rows, {trials} trial(s)", steps(script, rows, trials=trials), None
     if table == "latent":
         for agent in ("generative", "discriminative", "memoryless"):
-            yield f"active_vem, {agent}", ours("update", "active_vem", 1_000, agent=agent, env_id="Pendulum-v1", mask="velocity"), None
+            yield agent, update("active_vem", 1_000, agent=agent, env_id="Pendulum-v1", mask="velocity"), None
     if table == "memory":
-        yield "sac_iterative, full buffer", ours("steps", "sac_iterative", 0), None
+        yield "sac_iterative, full buffer", steps("sac_iterative", 0, 4), None
         for script in ("mbpo", "vmbpo", "beta_vmbpo"):
-            yield f"{script}, full buffers", ours("steps", script, 0, env_id="Walker2d-v4", **FULL), None
+            yield f"{script}, full buffers", steps(script, 0, 4, env_id="Walker2d-v4", **FULL), None
     if table == "growth":
         for name, values in {"trials": (1, 2, 5, 10), "batch_size": (64, 256, 1024), "hidden_dim": (256, 512, 1024)}.items():
             for value in values:
-                yield f"SAC update, {name} {value}", ours("update", "sac_iterative", **SAC | {name: value}), None
+                yield f"SAC update, {name} {value}", update("sac_iterative", **SAC | {name: value}), None
         for rows in (10_000, 100_000, 1_000_000):
-            yield f"SAC update, rows {rows}", ours("update", "sac_iterative", rows, **SAC), None
+            yield f"SAC update, {rows:,} rows", update("sac_iterative", rows, **SAC), None
         for trials in (1, 2, 5, 10):
-            yield f"minibatch of a fit, trials {trials}", ours("fit", "mbpo", trials=trials), None
+            yield f"minibatch of a fit, trials {trials}", fit(trials=trials), None
 
 
 # Ours
@@ -137,55 +145,43 @@ def prepare(contestant):
     return args, envs, agent, [buffer, script.ReplayBuffer(args.trials, args.model_buffer_size, *sizes, args.device)]
 
 
-def update(contestant):
-    """Updates of sac_iterative.py."""
-    args, _, agent, buffers = prepare(contestant)
-    agent.args.updates_per_step = 1
-
-    def run(count):
-        for _ in range(count):
-            agent.learn(*buffers)
-
-    return run
+def own_update(contestant):
+    """An update; sac_iterative.py and active_vem.py learn once per step, as often as --updates-per-step says."""
+    _, _, agent, buffers = prepare(contestant)
+    return lambda: agent.learn(*buffers)
 
 
-def fit(contestant):
-    """Minibatches of fits, each of as many as are asked for."""
-    args, _, agent, buffers = prepare(contestant)
-
-    def run(count):
-        agent.args.min_first_batches = agent.args.min_batches = agent.args.max_batches = count
-        agent.fit_model(buffers[0])
-
-    return run
+def own_fit(contestant):
+    _, _, agent, (buffer, _) = prepare(contestant)
+    return lambda: agent.fit_model(buffer)
 
 
-def steps(contestant):
-    """Environment steps as in the script's own loop, beginning with a fit that is not the first."""
+def own_step(contestant):
+    """An environment step of the script's own loop, beginning with a fit that is not the first."""
     args, envs, agent, buffers = prepare(contestant)
     column = lambda x: torch.as_tensor(x, dtype=torch.float32, device=args.device).view(args.trials, 1, -1)
-    state = {"step": 0, "obs": column(envs.reset(seed=0)[0])}
+    obs, count, model_based = column(envs.reset(seed=0)[0]), 0, len(buffers) > 1
 
     def refit():
         agent.fit_model(buffers[0])
         agent.imagine(*buffers, 0)
 
-    def run(count):
-        for _ in range(count):
-            if len(buffers) > 1 and state["step"] % args.fit_every == 0:
-                refit()
-            action = agent.act(state["obs"])
-            next_obs, reward, terminated, *_ = envs.step(action[:, 0].cpu().numpy())
-            columns = [state["obs"], action, column(reward), column(next_obs), column(terminated)]
-            buffers[0].add(*columns, *[torch.zeros_like(columns[2])] * (len(buffers[0].widths) - 5))
-            agent.learn(*buffers)
-            if hasattr(agent, "update_beta"):
-                agent.update_beta()
-            state["step"], state["obs"] = state["step"] + 1, columns[3]
+    def step():
+        nonlocal obs, count
+        if model_based and count % args.fit_every == 0:
+            refit()
+        action = agent.act(obs)
+        next_obs, reward, terminated, *_ = envs.step(action[:, 0].cpu().numpy())
+        columns = [obs, action, column(reward), column(next_obs), column(terminated)]
+        buffers[0].add(*columns, *[torch.zeros_like(columns[2])] * (len(buffers[0].widths) - 5))
+        agent.learn(*buffers)
+        if hasattr(agent, "update_beta"):
+            agent.update_beta()
+        obs, count = columns[3], count + 1
 
-    if len(buffers) > 1:
+    if model_based:
         refit()
-    return run
+    return step
 
 
 # Theirs
@@ -203,7 +199,7 @@ def sb3(contestant):
     for _ in range(contestant.rows):
         observation, next_observation = noise.normal(size=(2, 1, obs))
         model.replay_buffer.add(observation, next_observation, noise.uniform(-1, 1, (1, 6)), noise.normal(size=1), np.zeros(1), [{}])
-    return lambda count: model.train(count, model.batch_size)
+    return lambda: model.train(1, model.batch_size)
 
 
 class BatchedEnsemble(nn.Module):
@@ -242,32 +238,29 @@ def mbpo_pytorch(contestant):
         loss.backward()
         opt.step()
 
-    def run(count):
-        for _ in range(count):
-            minibatch()
-
-    return run
+    return minibatch
 
 
 # The measurement
 
-KINDS = {"update": update, "fit": fit, "steps": steps, "sb3": sb3, "mbpo_pytorch": mbpo_pytorch}
+KINDS = {"update": own_update, "fit": own_fit, "steps": own_step, "sb3": sb3, "mbpo_pytorch": mbpo_pytorch}
 
 
 def serve(pipe, contestant):
-    """A contestant's process: a number in, so many updates, milliseconds per update and trial and the peak memory out."""
+    """A contestant's process: a number in, so many calls, milliseconds per part of a call and the peak memory out."""
     torch.set_num_threads(contestant.threads)
     torch.manual_seed(0)
-    run = KINDS[contestant.kind](contestant)
+    call = KINDS[contestant.kind](contestant)
     if contestant.precision != "default":
         torch.set_float32_matmul_precision(contestant.precision)
     pipe.send(torch.get_float32_matmul_precision())
     for count in iter(pipe.recv, None):
         before = time.perf_counter()
-        run(count)
+        for _ in range(count):
+            call()
         if contestant.device != "cpu":
             torch.cuda.synchronize()
-        ms = 1000 * (time.perf_counter() - before) / count / contestant.trials
+        ms = 1000 * (time.perf_counter() - before) / count / contestant.parts
         pipe.send((ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
 
 
@@ -296,10 +289,10 @@ class Process:
         except EOFError:
             fail(f"{self.contestant.kind} {self.contestant.script}: the process failed, see above", code=1)
 
-    def block(self, count):
-        """Milliseconds per update and trial."""
+    def block(self, updates):
+        """Milliseconds per part of a call."""
         time.sleep(0.1)  # the threads of the one before come to rest
-        self.tell(count)
+        self.tell(self.contestant.calls or updates)
         ms, self.peak = self.listen()
         return ms
 
@@ -315,25 +308,21 @@ def installed(peer):
 
 def measure(args, own, peer):
     """Columns of one row."""
-    count = args.updates
-    if own.kind == "steps":
-        count = own.flags.get("fit_every", 250) if args.table != "memory" else 4
     found = dict.fromkeys(("peer_ms", "ratio", "ratio_low", "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low",
                            "same_ratio_high"), "")
     with ExitStack() as stack:
         process, times = Process(own, stack), []
-        process.block(min(count, 4))  # warms up
+        process.block(args.updates)  # warms up
         if not installed(peer):
-            times = [process.block(count) for _ in range(args.blocks)]
-        else:
-            for name, precision in (("", "highest"), ("same_", process.precision)):
-                other = Process(dataclasses.replace(peer, precision=precision), stack)
-                other.block(min(count, 4))
-                pairs = [(process.block(count), other.block(count)) for _ in range(args.blocks)]
-                times += [mine for mine, _ in pairs]
-                found[f"{name}peer_ms"] = f"{statistics.median(theirs for _, theirs in pairs):.4g}"
-                found |= spread([mine / theirs for mine, theirs in pairs], f"{name}ratio")
-        return {**spread(times, "ms"), "trial_steps_per_second": f"{1000 / statistics.median(times):.4g}", **found,
+            times = [process.block(args.updates) for _ in range(args.blocks)]
+        for name, precision in (("", "highest"), ("same_", process.precision)) if installed(peer) else ():
+            other = Process(dataclasses.replace(peer, precision=precision), stack)
+            other.block(args.updates)
+            pairs = [(process.block(args.updates), other.block(args.updates)) for _ in range(args.blocks)]
+            times += [mine for mine, _ in pairs]
+            found[f"{name}peer_ms"] = f"{statistics.median(theirs for _, theirs in pairs):.4g}"
+            found |= spread([mine / theirs for mine, theirs in pairs], f"{name}ratio")
+        return {**spread(times, "ms"), "per_second": f"{1000 / statistics.median(times):.4g}", **found,
                 "peak_mb": f"{process.peak:.0f}", "precision": process.precision}
 
 
@@ -345,9 +334,8 @@ def place(device):
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {"device": device, "torch": torch.__version__, "machine": name, "date": time.strftime("%Y-%m-%d"),
-            "commit": git.stdout.strip()}
+            "commit": commit()}
 
 
 def measure_table(args):
@@ -355,22 +343,23 @@ def measure_table(args):
     for name, own, peer in rows_of(args.table):
         if args.only not in name:
             continue
-        fields = {field.name for field in dataclasses.fields(common.load_script(own.script).Args)}
-        tiny = {key: value for key, value in TINY.items() if args.quick and key in fields}
-        precision = {} if args.matmul_precision == "default" else {"matmul_precision": args.matmul_precision}
-        own.flags = own.flags | tiny | precision | {"cuda_graph": args.cuda_graph}
-        own.device = args.device
+        own.device, known = args.device, {field.name for field in dataclasses.fields(load_script(own.script).Args)}
+        own.flags |= {"cuda_graph": args.cuda_graph}
+        if args.matmul_precision != "default":
+            own.flags |= {"matmul_precision": args.matmul_precision}
         if args.quick:
-            own.rows = min(own.rows, 300)
-        row = measure(args, own, peer and dataclasses.replace(peer, device=args.device, rows=own.rows or 300))
+            own.flags |= {key: value for key, value in TINY.items() if key in known}
+            own.rows, own.calls, own.parts = min(own.rows, 300), min(own.calls, 2), own.flags.get("trials", 1)
+        if peer:
+            peer.device, peer.calls = args.device, min(peer.calls, 2) if args.quick else peer.calls
+        row = measure(args, own, peer)
         row = {"table": args.table, "row": name, "threads": own.threads, "blocks": args.blocks} | row | place(args.device)
         say("  ".join(f"{key} {value}" for key, value in row.items() if value != ""))
         yield row
 
 
 def main(args):
-    if min(args.blocks, args.updates) < 1:
-        fail("--blocks and --updates count from 1")
+    at_least(args, blocks=1, updates=1)
     if args.device != "cpu" and not (args.device == "cuda" and torch.cuda.is_available()):
         fail(f"--device {args.device}: not there; use cpu or cuda")
     if args.cuda_graph and args.device != "cuda":

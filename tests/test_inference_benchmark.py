@@ -257,6 +257,10 @@ def test_improvement(runs, here):
         assert float(row["absolute"]) == pytest.approx(now - prior, abs=1e-4)
         assert float(row["from_first"]) == pytest.approx(now - first, abs=1e-4)
         assert k or {row[name] for name in ("absolute", "absolute_std", "relative", "relative_std")} == {"0"}
+    agent, saved, _ = INF.open_run(runs["iterative"], "cpu", 0)
+    for k in (0, 2):
+        returns = INF.roll_out(agent, saved, 1, k)[0].mean(1)
+        assert [float(table[k, trial]["return"]) for trial in range(2)] == pytest.approx(returns, rel=1e-5)
 
 
 def test_gap(here):
@@ -272,16 +276,6 @@ def test_gap(here):
         assert float(row["share"]) == pytest.approx(gap / max(gap, best - prior), abs=0.02)
     with open("runs/gap/iterative/args.json") as file:
         assert json.load(file)["total_steps"] == 50
-
-
-def test_iterations(runs, here):
-    for inference in ("iterative", "direct"):
-        args = INF.Iterations(run=runs[inference], iters=(0, 1, 2), episodes=1, states=5, samples=9, out=inference)
-        rows = command(here, args, inference)
-        (here / f"results/{inference}.csv").unlink()
-        assert [(row["k"], row["trial"]) for row in rows] == [(k, trial) for k in "012" for trial in "01"]
-        same = [all(rows[i][name] == rows[i + 2][name] for name in ("return", "objective")) for i in range(4)]
-        assert same == [False, False] + [inference == "direct"] * 2
 
 
 def test_landscape(runs, here):
@@ -312,7 +306,6 @@ def test_optimizers(runs, here):
     (INF.Improvement(), "--run"), (INF.Improvement(run="nowhere"), "--run nowhere"),
     (INF.Improvement(run="direct"), "--run"), (INF.Improvement(run="iterative", iters=0), "--iters 0"),
     (INF.Improvement(from_csv=True), "--from-csv"),
-    (INF.Iterations(run="iterative", iters=(1, -1)), "--iters -1"), (INF.Iterations(iters=()), "--iters"),
     (INF.Landscape(run="iterative", dims=(0, 2)), "--dims 0 2"), (INF.Landscape(run="iterative", trial=2), "--trial 2"),
     (INF.Optimizers(run="iterative", elites=1), "--elites 1"), (INF.Optimizers(device="abacus"), "--device abacus"),
     (INF.Gap(flags="--env-id Pendulum-v1 --resume x"), "--resume"), (INF.Gap(flags="--tau 2"), "--tau 2"),

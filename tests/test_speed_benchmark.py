@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import common
 import speed as SPEED
 
-COLUMNS = ["table", "row", "threads", "blocks", "ms", "ms_low", "ms_high", "trial_steps_per_second", "peer_ms", "ratio", "ratio_low",
+COLUMNS = ["table", "row", "threads", "blocks", "ms", "ms_low", "ms_high", "per_second", "peer_ms", "ratio", "ratio_low",
            "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low", "same_ratio_high", "peak_mb", "precision", "device",
            "torch", "machine", "date", "commit"]
 SMALL = {key: value for key, value in SPEED.TINY.items() if not key.startswith("window")}
@@ -40,49 +40,57 @@ def counted(monkeypatch, agent, *names):
     return calls
 
 
-def contestant(monkeypatch, kind, script, *names, rows=300, **flags):
-    """Its function, and the calls of its agent's methods from now on."""
-    kept = []
-    prepare = SPEED.prepare
+def contestant(monkeypatch, contestant, *names):
+    """Its call, and how often its agent's methods are called from now on."""
+    kept, prepare = [], SPEED.prepare
     monkeypatch.setattr(SPEED, "prepare", lambda contestant: kept.append(prepare(contestant)) or kept[-1])
-    run = SPEED.KINDS[kind](SPEED.ours(kind, script, rows, **flags))
-    return run, counted(monkeypatch, kept[0][2], *names)
+    call = SPEED.KINDS[contestant.kind](contestant)
+    return call, counted(monkeypatch, kept[0][2], *names)
 
 
 # Contestants
 
 
 def test_an_update_is_one(monkeypatch):
-    run, calls = contestant(monkeypatch, "update", "sac_iterative", "update", updates_per_step=3, hidden_dim=8, **SPEED.SAC)
-    run(5)
-    assert calls == {"update": 5}
+    call, calls = contestant(monkeypatch, SPEED.update("sac_iterative", 300, hidden_dim=8, **SPEED.SAC), "update")
+    call()
+    assert calls == {"update": 1}
 
 
-@pytest.mark.parametrize("script", ["mbpo", "beta_vmbpo"])
-def test_a_fit_has_as_many_minibatches_as_are_counted(monkeypatch, script):
-    run, calls = contestant(monkeypatch, "fit", script, "model_loss", "fit_model", **SMALL)
-    run(7)
-    run(9)
-    assert calls == {"model_loss": 16, "fit_model": 2}
+def test_a_fit_has_a_hundred_minibatches(monkeypatch):
+    """For each of which a part of its time counts, and of each trial."""
+    own = SPEED.fit(trials=2, **{key: value for key, value in SMALL.items() if key not in SPEED.HUNDRED})
+    own.rows = 300
+    call, calls = contestant(monkeypatch, own, "model_loss", "fit_model")
+    call()
+    call()
+    assert calls == {"model_loss": 200, "fit_model": 2} and (own.calls, own.parts) == (1, 200)
 
 
 def test_steps_are_those_of_the_script_s_loop(monkeypatch):
     """A fit first, then one every fit_every steps, roll-outs after each, updates and the dual step at every step."""
     names = "fit_model", "imagine", "act", "update", "update_beta"
-    flags = SMALL | {"fit_every": 4, "updates_per_step": 3}
-    run, calls = contestant(monkeypatch, "steps", "beta_vmbpo", *names, env_id="InvertedPendulum-v4", **flags)
-    run(8)
+    flags = SMALL | {"fit_every": 4, "updates_per_step": 3, "env_id": "InvertedPendulum-v4"}
+    call, calls = contestant(monkeypatch, SPEED.steps("beta_vmbpo", 300, **flags), *names)
+    for _ in range(8):
+        call()
     assert calls == {"fit_model": 2, "imagine": 2, "act": 8, "update": 24, "update_beta": 8}
 
 
 def test_buffers_are_filled_as_asked():
-    """To the last row, and the peers' with as many."""
+    """To the last row."""
     for rows, expected in ((300, 300), (0, 400)):
-        script = SPEED.ours("steps", "beta_vmbpo", rows, **SMALL)
-        buffer = SPEED.prepare(script)[3][0]
+        buffer = SPEED.prepare(SPEED.steps("beta_vmbpo", rows, **SMALL))[3][0]
         obs, action, *_, terminated, log_ratio = buffer.rows().split(buffer.widths, -1)
         assert buffer.rows().shape[1] == expected and action.abs().max() <= 1 and obs.std() > 0.9
         assert not terminated.any() and not log_ratio.any()
+
+
+def test_filled_buffers_of_active_vem_hold_whole_episodes():
+    *_, (buffer,) = SPEED.prepare(SPEED.update("active_vem", 600, env_id="Pendulum-v1", hidden_dim=8, model_dim=8))
+    time = buffer.rows()[..., -1]
+    assert (time[0] == torch.arange(600) % 200).all() and not buffer.rows()[..., 8].any()
+    assert (buffer.sample(50, 20)[2] > 0).float().mean() > 0.4  # windows are cut at both ends, not within
 
 
 def test_the_peers_learn():
@@ -90,9 +98,9 @@ def test_the_peers_learn():
     ensemble = SPEED.BatchedEnsemble(3, 1, members=2, width=8)
     mean, log_var = ensemble(torch.randn(2, 5, 4))
     assert mean.shape == log_var.shape == (2, 5, 4) and (log_var < 0.5).all() and (log_var > -10).all()
-    SPEED.mbpo_pytorch(SPEED.Contestant("mbpo_pytorch", rows=50))(2)
+    SPEED.mbpo_pytorch(SPEED.Contestant("mbpo_pytorch", rows=50))()
     if importlib.util.find_spec("stable_baselines3"):
-        SPEED.sb3(SPEED.Contestant("sb3", rows=300))(2)
+        SPEED.sb3(SPEED.Contestant("sb3", rows=300))()
 
 
 # The measurement
@@ -114,7 +122,7 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
             return drift * (1 if self.name.startswith("update") else 2)
 
     monkeypatch.setattr(SPEED, "Process", Fake)
-    own, peer = SPEED.ours("update", "sac_iterative"), SPEED.Contestant("mbpo_pytorch")
+    own, peer = SPEED.update("sac_iterative"), SPEED.Contestant("mbpo_pytorch")
     row = SPEED.measure(SPEED.Args(blocks=3), own, peer)
     assert order[2:8] == ["update default", "mbpo_pytorch highest"] * 3
     assert order[9:] == ["update default", "mbpo_pytorch medium"] * 3
@@ -127,11 +135,12 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
                                                ("memory", "vmbpo, full", False), ("latent", "generative", False)])
 def test_tables_in_processes_of_their_own(out, table, only, peer):
     only = "beta_vmbpo, full" if table == "memory" else only
-    args = SPEED.Args(table=table, only=only, quick=True, blocks=2, updates=2, out_dir=str(out))
+    precision = "medium" if table == "fit" else "default"
+    args = SPEED.Args(table=table, only=only, quick=True, blocks=2, updates=2, matmul_precision=precision, out_dir=str(out))
     assert SPEED.main(args) == 0
     row, = common.read(f"speed_{table}")
-    assert [*row] == COLUMNS and row["precision"] == "highest"
-    numbers = ["ms", "ms_low", "ms_high", "trial_steps_per_second", "peak_mb"]
+    assert [*row] == COLUMNS and row["precision"] == ("medium" if table == "fit" else "highest")  # as the process says
+    numbers = ["ms", "ms_low", "ms_high", "per_second", "peak_mb"]
     peer = peer or table == "sac" and importlib.util.find_spec("stable_baselines3")
     numbers += COLUMNS[8:16] if peer else []
     assert all(math.isfinite(float(row[name])) and float(row[name]) > 0 for name in numbers)
@@ -146,13 +155,7 @@ def test_every_row_has_flags_that_its_script_accepts():
     for _, _, own, peer in names:
         script = load_script({"mbpo": "baselines/mbpo"}.get(own.script, own.script))
         args = script.Args(**own.flags)
-        assert args.trials == own.trials and not [*args.conflicts()] and (peer is None or peer.kind in SPEED.KINDS)
-
-
-def test_precision_reaches_the_process(out):
-    args = SPEED.Args(table="fit", quick=True, blocks=1, updates=2, matmul_precision="medium", out_dir=str(out))
-    assert SPEED.main(args) == 0
-    assert common.read("speed_fit")[0]["precision"] == "medium"
+        assert own.parts % args.trials == 0 and not [*args.conflicts()] and (peer is None or peer.kind in SPEED.KINDS)
 
 
 @pytest.mark.parametrize("flags, named", [
