@@ -42,19 +42,16 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
 import warnings
 import zipfile
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -72,7 +69,6 @@ warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).
 if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
     ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
     ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
-
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
@@ -192,7 +188,7 @@ class StackedMLP(nn.Module):
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
-        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in itertools.pairwise(dims))
+        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation = activation
 
     def forward(self, x):
@@ -247,17 +243,19 @@ class Agent(nn.Module):
         self.iters = args.inference_iters if self.iterative else 1
 
         prior = torch.tensor([0.0, math.log(args.prior_std)])
-        self.samples = args.action_samples or (10 if args.device == "cpu" else 200)
+        args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # a run saves what it took
         # The noise of deterministic actions: quantiles of the normal, in another order in each dimension.
-        quantiles = torch.special.ndtri((torch.arange(self.samples) + 0.5) / self.samples)
-        order = torch.rand(self.samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
+        quantiles = torch.special.ndtri((torch.arange(args.action_samples) + 0.5) / args.action_samples)
+        order = torch.rand(args.action_samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
         self.register_buffer("prior", prior.view(1, 1, 2, 1).expand(1, 1, 2, action_dim).clone())
-        self.register_buffer("quantiles", quantiles[order][None, :, None], persistent=False)  # (1, samples, 1, action_dim)
+        self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
         self.to(args.device)
 
-        adam = partial(torch.optim.Adam, fused=True, capturable=True)
-        self.opts = {"actor": adam([*self.actor.parameters(), self.log_alpha], args.learning_rate),
-                     "critic": adam(self.critic.parameters(), args.learning_rate)}
+        adam = {"fused": True, "capturable": True}
+        self.opts = {
+            "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
+            "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
+        }
         self.learn = captured(self.learn, args)
 
     @torch.no_grad()
@@ -298,7 +296,7 @@ class Agent(nn.Module):
 
     def gradient(self, obs, params, noise=None):
         """∇J̃ with respect to (μ, log σ) of each state, shaped like params; J̃; KL. Fresh noise unless it is given."""
-        noise = self.noise(obs, self.samples) if noise is None else noise
+        noise = self.noise(obs, self.args.action_samples) if noise is None else noise
         with torch.enable_grad():  # acting and targets come here without
             params = params.detach().requires_grad_()
             objective, kl = self.objective(self.critic, obs, params, noise)
@@ -330,7 +328,7 @@ class Agent(nn.Module):
     def actor_loss(self, obs):
         """Losses of the inference network and of α, and metrics. Gradients that served as inputs serve again."""
         trace, measured, gates = self.infer(obs)
-        noise = self.noise(obs, self.samples)
+        noise = self.noise(obs, self.args.action_samples)
         measured.append(self.gradient(obs, trace[-1], noise))  # at λ_K
         _, objective, kl = measured[-1]
         # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ), at the cost of the inference network alone.
@@ -452,7 +450,7 @@ class Run:
         say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, "
             f"steps {self.now:,} to {args.total_steps:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
-        self.stop, self.result, self.timed = [], "", (self.now, time.perf_counter())
+        self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # nohup wants the run to go on
                 signal.signal(signum, lambda number, _: self.stop.append(number))
@@ -472,16 +470,15 @@ class Run:
         while self.now < self.args.total_steps and not self.stop:
             self.now += 1
             yield self.now
-        say(f"{self.dir}: ended at step {self.now:,}{self.result}")
+        say(f"{self.dir}: {self.result} at step {self.now:,}")
         if self.stop:
             sys.exit(128 + self.stop[0])
 
     def random_action(self):
-        """Uniform in all trials, drawn anew every --explore-hold steps."""
-        if (self.now - self.restart - 1) % self.args.explore_hold == 0:
-            width = self.envs.single_action_space.shape[0]
-            self.action = torch.rand(self.args.trials, 1, width, device=self.args.device) * 2 - 1
-        return self.action
+        """Uniform, held for --explore-hold steps; at one seed all methods draw the same, whatever else they draw."""
+        first = self.now - (self.now - self.restart - 1) % self.args.explore_hold
+        draws = [np.random.default_rng((self.args.seed + i, first)) for i in range(self.args.trials)]
+        return self.column(np.array([draw.uniform(-1, 1, self.envs.single_action_space.shape) for draw in draws]))
 
     def step(self, action):
         """Act in all trials; returns obs, reward, next_obs (an episode's last where one ended) and terminated."""
@@ -516,7 +513,7 @@ class Run:
             results = evaluate(self.agent, self.eval_envs, args, self.stop)
             if not self.stop:  # a signal cuts the episodes off
                 self.log({name: values.mean(1) for name, values in results.items()})
-                self.result = f", return {results['eval/return'].mean():.1f}"
+                self.result = f"return {results['eval/return'].mean():.1f}"
         if self.now % args.log_every == 0:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
             self.log(metrics | {"time/sps": (self.now - step) / (self.timed[1] - before)})
@@ -528,7 +525,7 @@ class Run:
             draw(args)
             self.reset()
         with contextlib.suppress(OSError):  # the terminal may be gone
-            self.bar.set_postfix_str(self.result[2:], refresh=False)
+            self.bar.set_postfix_str(self.result, refresh=False)
             self.bar.update()
 
 
@@ -636,17 +633,10 @@ def wrong_values(args):
             yield field.name, f"allowed are values from {least:g} to {most:g}"
 
 
-def changed_values(args, saved):
-    """(flag, rule) of every value that differs from the saved run's, where it may not."""
-    for name, value in dataclasses.asdict(saved).items():
-        if name not in RESUMABLE and getattr(args, name) != value:
-            yield name, f"differs from the saved run's, {value}"
-
-
 def parse_args(argv=None):
     """Read the command line and refuse what cannot work; a saved run brings the flags it was begun with."""
     sys.path.append("")  # modules in the current directory, wherever the script lies
-    args = saved = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
@@ -656,7 +646,10 @@ def parse_args(argv=None):
             for name, rule in wrong_values(saved):
                 raise ValueError(f"{name} {values[name]}: {rule}")
         args = tyro.cli(Args, args=argv, default=saved)
-    for name, rule in (*wrong_values(args), *changed_values(args, saved), *args.conflicts()):
+        for name in dataclasses.asdict(args).keys() - RESUMABLE:
+            if getattr(args, name) != getattr(saved, name):
+                fail(f"--{name.replace('_', '-')}: differs from the saved run's, {getattr(saved, name)}")
+    for name, rule in (*wrong_values(args), *args.conflicts()):
         fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     if args.total_steps < args.learning_starts:
         fail(f"--total-steps {args.total_steps}: must be at least --learning-starts")
@@ -668,21 +661,21 @@ def parse_args(argv=None):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     with refusing(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
-    if args.cuda_graph and not args.device.startswith("cuda"):
-        fail("--cuda-graph: needs --device cuda")
-    with refusing(f"--env-id {args.env_id}"):
-        envs = make_envs(args, 1)
-    with refusing("--cuda-graph"):
-        args.cuda_graph and importlib.import_module("tensordict")
-    with refusing(f"--wandb {args.wandb}"):
-        args.wandb != "disabled" and importlib.import_module("wandb")
-        args.wandb == "online" and importlib.import_module("wandb").login()
-    if args.capture_video:
-        with refusing("--capture-video"):
+    with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
+        envs = make_envs(args, 1, render_mode="rgb_array" if args.capture_video else None)
+        if args.capture_video:
             importlib.import_module("moviepy")
-            filmed = make_envs(args, 1, render_mode="rgb_array")
-            filmed.reset()
-            filmed.render()[0].shape
+            envs.reset()
+            envs.render()
+    if args.cuda_graph:
+        with refusing("--cuda-graph"):
+            torch.cuda.get_device_properties(args.device)
+            importlib.import_module("tensordict")
+    if args.wandb != "disabled":
+        with refusing(f"--wandb {args.wandb}"):
+            wandb = importlib.import_module("wandb")
+            if args.wandb == "online":
+                wandb.login()
     needed = 4 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
@@ -714,7 +707,8 @@ def main(argv=None):
                       f"over {len(x)} episodes")
         envs.close()
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|StreamWriter", str(error)):
+        full = any(word in str(error) for word in ("out of memory", "allocate memory", "StreamWriter"))
+        if isinstance(error, RuntimeError) and not full:
             raise  # a mistake in the code: its trace helps
         fail(f"{type(error).__name__}: {error}", code=1)
 
