@@ -156,6 +156,8 @@ class Args:
         for flag in ("marginal_weight", "info_weight"):
             if getattr(self, flag) and self.agent != "generative":
                 yield flag, "needs --agent generative, which has a model"
+        if self.alpha and self.kl_target:
+            yield "kl_target", "has no effect beside --alpha"
 
     def floats(self, obs_dim, action_dim):
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
@@ -179,7 +181,7 @@ class Args:
         def see(obs):
             return (obs[shown] + self.noise * env.np_random.normal(size=low.shape)).astype(np.float32)
 
-        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(low, high))
+        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(low.astype(np.float32), high.astype(np.float32)))
 
 
 def task_name(env_id):

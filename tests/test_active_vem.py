@@ -758,6 +758,13 @@ def test_noise_is_seeded_by_the_environment():
     assert (obs[1] - obs[0]).std(0) == pytest.approx([0.5] * 3, rel=0.15)
 
 
+@pytest.mark.filterwarnings("error:.*not within the observation space")
+def test_noise_on_other_suites_and_on_bounded_observations():
+    pytest.importorskip("shimmy")
+    envs = VEM.make_envs(VEM.Args(env_id="dm_control/pendulum-swingup-v0", noise=0.5), 2)
+    assert np.isinf(envs.single_observation_space.low).all() and envs.reset(seed=[1, 2])[0].shape == (2, 3)
+
+
 @pytest.mark.parametrize("flags, parts", [
     ("--mask velocity --env-id tiny_envs:Counter-v0", ("--mask velocity", "Pendulum")),
     ("--mask position --env-id DoubleIntegrator-v0", ("--mask position",)),
@@ -766,6 +773,7 @@ def test_noise_is_seeded_by_the_environment():
     ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
     ("--alpha nan", ("--alpha nan",)), ("--agent discriminative --info-weight 2", ("--info-weight", "generative")),
     ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
+    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--noise inf", ("--noise inf",)),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
