@@ -413,6 +413,58 @@ def test_online_filter_is_batch_inference():
         torch.testing.assert_close(latent, batch[:, now])
 
 
+@pytest.mark.parametrize("kind", AGENTS)
+def test_later_scales_change_no_output_in_the_units_of_the_task(kind):
+    """Latent state, density of a percept, value and α in units of reward, and what is done, before and after a fit."""
+    agent = build(agent=kind, trials=2).double()
+    fill(agent)
+    for parameter in agent.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    torch.manual_seed(0)
+    random = lambda width: torch.randn(2, 7, width, dtype=torch.float64)
+    before, action, obs, reward, noise = (random(n) for n in (agent.latent_dim, 1, 2, 1, agent.latent_dim))
+
+    def outputs():
+        percept, unit = agent.percepts(torch.cat([obs, reward], -1)), agent.percepts.std[..., -1:]
+        latent = agent.perceive(before, action, obs, reward, noise)
+        found = {"q": agent.critic(torch.cat([latent, action], -1)) * unit, "alpha": agent.log_alpha.exp() * unit,
+                 "target": agent.critic_target(torch.cat([latent, action], -1)) * unit,
+                 "action": agent.act(latent, deterministic=True), "prior": agent.act(latent, "prior", deterministic=True)}
+        if kind != "memoryless":
+            prior = agent.latent_prior(before, action, *([] if kind == "generative" else [percept]))
+            found |= {"latent": latent, "prior mean": prior[0], "prior scale": prior[1]}
+        if kind == "generative":
+            volume = agent.percepts.std.log().sum(-1, keepdim=True)
+            mean, log_std, end = agent.decode(latent)
+            found |= {"density": VEM.log_density(percept, mean, log_std) - volume, "end": end,
+                      "bound": planned(agent, latent, action) * unit}
+        return found
+
+    def planned(agent, latent, action):
+        torch.manual_seed(1)
+        return agent.planned_bound(latent, action)
+
+    agent.updates += 1
+    first = outputs()
+    other = VEM.EpisodeBuffer(2, 50, 2, 1, agent.latent_dim, "cpu")
+    for step in range(50):  # other means, other spreads, in each trial its own
+        columns = [torch.randn(2, 1, width) * torch.tensor([0.5, 4.0]).view(2, 1, 1) + 3 for width in other.widths]
+        other.add(*columns[:4], torch.ones(2, 1, 1), *columns[5:])  # some episodes have ended, as before
+    std = agent.percepts.std.clone()
+    agent.fit_scales(other)
+    assert ((agent.percepts.std / std).log().abs() > 0.2).all()
+    for name, value in outputs().items():
+        torch.testing.assert_close(value, first[name], msg=lambda text: f"{name}: {text}")
+
+
+def test_scales_of_the_first_fit_leave_the_untrained_networks_alone():
+    agent = build()
+    weights = [parameter.clone() for parameter in agent.parameters()]
+    fill(agent)
+    assert not torch.equal(agent.percepts.std, torch.ones_like(agent.percepts.std))
+    assert all(torch.equal(new, old) for new, old in zip(agent.parameters(), weights))
+
+
 @pytest.mark.parametrize("kind", ["generative", "discriminative"])
 def test_untrained_latent_state_is_bounded(kind):
     agent = build(agent=kind, latent_dim=8, model_dim=64, trials=5)
@@ -612,16 +664,15 @@ def test_trials_do_not_feel_each_other(kind):
         assert torch.equal(one.select(-3, 1), other.select(-3, 1)) == idle, key
 
 
-def test_z_of_a_critic_learns_as_fast_as_the_critic():
-    """Deviation 8: one rate for critic and z where nothing else shapes z, a higher one where there is a model."""
-    def rates(kind, **flags):
-        agent, found = build(agent=kind, **flags), {}
-        for group in agent.opts["all"].param_groups:
-            found |= {id(p): group["lr"] for p in group["params"]}
-        return [found[id(agent.learned[name][0])] for name in ("critic", "model")]
-
-    assert rates("generative") == [1e-3, 3e-3] and rates("discriminative") == [1e-3, 1e-3]
-    assert rates("discriminative", model_learning_rate=0.5) == [1e-3, 0.5]
+def test_rates():
+    """Deviation 9: one rate for critic and z where nothing else shapes z, a higher one where there is a model; it falls."""
+    rates = lambda agent: [float(opt.param_groups[0]["lr"]) for opt in agent.opts.values()]
+    assert rates(build()) == pytest.approx([1e-3, 3e-3])
+    assert rates(build(agent="discriminative")) == pytest.approx([1e-3, 1e-3])
+    agent = build(agent="discriminative", model_learning_rate=0.5)
+    agent.updates.fill_(3 * VEM.RATE_HOLD - 1)
+    agent.learn(fill(agent))
+    assert rates(agent) == pytest.approx([1e-3, 0.25])
 
 
 def test_gradients_are_cut_per_trial():
@@ -707,6 +758,13 @@ def test_noise_is_seeded_by_the_environment():
     assert (obs[1] - obs[0]).std(0) == pytest.approx([0.5] * 3, rel=0.15)
 
 
+@pytest.mark.filterwarnings("error:.*not within the observation space")
+def test_noise_on_other_suites_and_on_bounded_observations():
+    pytest.importorskip("shimmy")
+    envs = VEM.make_envs(VEM.Args(env_id="dm_control/pendulum-swingup-v0", noise=0.5), 2)
+    assert np.isinf(envs.single_observation_space.low).all() and envs.reset(seed=[1, 2])[0].shape == (2, 3)
+
+
 @pytest.mark.parametrize("flags, parts", [
     ("--mask velocity --env-id tiny_envs:Counter-v0", ("--mask velocity", "Pendulum")),
     ("--mask position --env-id DoubleIntegrator-v0", ("--mask position",)),
@@ -715,6 +773,7 @@ def test_noise_is_seeded_by_the_environment():
     ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
     ("--alpha nan", ("--alpha nan",)), ("--agent discriminative --info-weight 2", ("--info-weight", "generative")),
     ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
+    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--noise inf", ("--noise inf",)),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -771,7 +830,7 @@ def test_every_variant_runs_and_learns_finite_numbers(flags, tmp_path):
 
 
 def test_the_double_integrator_begins_to_be_learned():
-    """Two hundred updates on one buffer of random episodes raise the bound by a nat."""
+    """Some hundred updates on one buffer of random episodes raise the bound by a nat."""
     torch.manual_seed(0)
     agent = build(1, 1, windows=16, window_length=10, latent_dim=4, model_dim=32, model_learning_rate=1e-2)
     buffer = VEM.EpisodeBuffer(1, 2000, 1, 1, 4, "cpu")
@@ -787,7 +846,7 @@ def test_the_double_integrator_begins_to_be_learned():
             obs = next_obs
     agent.fit_scales(buffer)
     bounds = []
-    for _ in range(200):
+    for _ in range(400):
         metrics = agent.learn(buffer)
         bounds.append((metrics["model/log_likelihood"] - metrics["model/kl"]).item())
     assert np.mean(bounds[-20:]) > np.mean(bounds[:20]) + 1
