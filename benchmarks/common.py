@@ -124,31 +124,24 @@ def metrics_of(run):
 # Tables and figures
 
 
-def table(name):
-    return OUT / "results" / f"{name}.csv"
-
-
-def picture(name):
-    return OUT / "figures" / f"{name}.png"
-
-
 def write(name, rows):
     """Rows, as they come, to results/NAME.csv; what is cut short leaves NAME.partial and the old table."""
-    rows, partial = iter(rows), table(name).with_suffix(".partial")
+    rows, partial = iter(rows), OUT / f"results/{name}.partial"
     first = next(rows)
     with partial.open("w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, first.keys(), lineterminator="\n")
         writer.writeheader()
         for row in itertools.chain([first], rows):
             writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    partial.replace(table(name))
+    partial.rename(partial.with_suffix(".csv"))
 
 
 def read(name):
     """The rows of results/NAME.csv, all values as text."""
-    if "/" in name or not table(name).is_file():
+    path = OUT / f"results/{name}.csv"
+    if "/" in name or not path.is_file():
         fail(f"--from-csv: there is no {name}.csv among the results")
-    with table(name).open() as file:
+    with path.open() as file:
         return [*csv.DictReader(file)]
 
 
@@ -166,8 +159,8 @@ def publish(name, rows, draw, size, title=""):
     except KeyError as error:
         fail(f"--from-csv: {name}.csv has no column {error}; it is of another experiment")
     figure.suptitle(title or name)
-    figure.savefig(picture(name), dpi=120)
-    for line in (*lines, table(name), picture(name)):
+    figure.savefig(OUT / f"figures/{name}.png", dpi=120)
+    for line in (*lines, OUT / f"results/{name}.csv", OUT / f"figures/{name}.png"):
         say(line)
     return 0
 

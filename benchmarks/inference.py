@@ -62,7 +62,7 @@ def estimate(agent, obs, params, noise):
 def gradient(agent, obs, params, noise=None):
     """∇J̃ shaped like params, and J̃ (trials, n); on fresh noise, as in training, unless it is given."""
     if noise is None:
-        noise = agent.noise(obs, agent.samples)
+        noise = agent.noise(obs, agent.args.action_samples)
     at = lambda part: agent.gradient(obs[:, part], params[:, part], noise[:, :, part])
     grads, values, _ = zip(*(at(part) for part in parts(obs, noise.shape[1])))
     return torch.cat(grads, 1), torch.cat(values, 1)[..., 0]
@@ -106,7 +106,7 @@ def cem(agent, obs, start, steps, population, elites, noise=None):
         shape = (obs.shape[0], population, *start.shape[1:])  # (trials, population, n, 2, action_dim)
         candidates = mean.unsqueeze(1) + std.unsqueeze(1) * torch.randn(shape, dtype=obs.dtype, device=obs.device)
         candidates[..., 1, :].clamp_(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)
-        drawn = agent.noise(obs, agent.samples) if noise is None else noise  # one for all candidates
+        drawn = agent.noise(obs, agent.args.action_samples) if noise is None else noise  # one for all candidates
         flat = obs.repeat(1, population, 1), candidates.flatten(1, 2), drawn.repeat(1, 1, population, 1)
         index = estimate(agent, *flat).unflatten(1, shape[1:3]).topk(elites, 1).indices  # (trials, elites, n)
         chosen = candidates.gather(1, index[..., None, None].expand(-1, -1, -1, *start.shape[2:]))
@@ -421,7 +421,7 @@ class Optimizers(OnRun):
             fail(f"--elites {self.elites}: must be at most --population {self.population}")
         agent, saved, buffer = open_run(self.run, self.device, self.seed)
         obs = buffer_states(buffer, self.states, self.seed)
-        start, gradients = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * agent.samples
+        start, gradients = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * agent.args.action_samples
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
         first = estimate(agent, obs, start, noise)
 
@@ -436,7 +436,7 @@ class Optimizers(OnRun):
         for rate in self.adam_rates:
             yield from rows(f"Adam {rate:g}", gradients, adam(agent, obs, start, self.iters, rate)[0])
         means = cem(agent, obs, start, self.iters, self.population, self.elites)
-        yield from rows("CEM", self.population * agent.samples, means)
+        yield from rows("CEM", self.population * agent.args.action_samples, means)
 
     def draw(self, rows, figure):
         axes = figure.subplots(1, 2, sharey=True)

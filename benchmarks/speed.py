@@ -370,7 +370,7 @@ def main(args):
         fail(f"--only {args.only}: the rows are {'; '.join(name for name, *_ in rows_of(args.table))}")
     common.OUT = Path(args.out_dir or common.HERE)
     try:
-        common.table("").parent.mkdir(parents=True, exist_ok=True)
+        (common.OUT / "results").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out-dir {args.out_dir}: {error.strerror}")
     write(f"speed_{args.table}", measure_table(args))
