@@ -8,12 +8,11 @@
     python benchmarks/speed.py --table memory        # peak memory at full buffers
     python benchmarks/speed.py --table growth        # an update and a fit by trials, batch, width and rows
 
-writes benchmarks/results/speed_TABLE.csv. Every contestant has a process of its own, kept alive and told when to run a
-block: A B A B …, never two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and
-most over `--blocks` pairs. Peers come at their own defaults, and once more (`same_`) with float32 products as precise as
-ours are. A block is `--updates` updates, or a fit of 100 minibatches with all it does beside them, or the environment steps
-from one fit to the next, the fit among them. Evaluation and checkpoints are in nothing. Stable-Baselines3 takes part where
-it is installed; mbpo_pytorch's form is written here after its description.
+writes benchmarks/results/speed_TABLE.csv. Each contestant, alone in its process, runs a block when told to: A B A B …, never
+two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and most over `--blocks`
+pairs. Peers come at their own defaults, and once more (`same_`) with float32 products as precise as ours. A block is
+`--updates` updates, or a fit of 100 minibatches with all it does beside them, or the environment steps from one fit to the
+next, the fit among them; evaluation and checkpoints are not in it. Stable-Baselines3 takes part where it is installed.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from multiprocessing import get_context
@@ -41,9 +41,8 @@ TASK = "HalfCheetah-v4"  # 17 observations, 6 actions
 SAC = {"inference": "direct", "prior": "uniform", "action_samples": 1, "batch_size": 256}  # what makes sac_iterative.py SAC
 FULL = {"min_first_batches": 5, "min_batches": 5, "max_batches": 5, "fit_every": 1}  # memory does not ask for more
 HUNDRED = {"min_first_batches": 100, "min_batches": 100, "max_batches": 100}  # minibatches of a fit
-TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400,
-        "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2,
-        "max_batches": 2, "windows": 2, "window_length": 5}  # where a script has such a flag
+TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400, "windows": 2,
+        "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2, "max_batches": 2}  # for --quick
 
 
 @dataclasses.dataclass
@@ -246,54 +245,48 @@ def mbpo_pytorch(contestant):
 KINDS = {"update": own_update, "fit": own_fit, "steps": own_step, "sb3": sb3, "mbpo_pytorch": mbpo_pytorch}
 
 
-def serve(pipe, contestant):
-    """A contestant's process: a number in, so many calls, milliseconds per part of a call and the peak memory out."""
+CALLS = []  # in a contestant's process: its call
+
+
+def begin(contestant):
+    """In its process: make a contestant; returns the precision of its products."""
     torch.set_num_threads(contestant.threads)
     torch.manual_seed(0)
-    call = KINDS[contestant.kind](contestant)
+    CALLS.append(KINDS[contestant.kind](contestant))
     if contestant.precision != "default":
         torch.set_float32_matmul_precision(contestant.precision)
-    pipe.send(torch.get_float32_matmul_precision())
-    for count in iter(pipe.recv, None):
-        before = time.perf_counter()
-        for _ in range(count):
-            call()
-        if contestant.device != "cpu":
-            torch.cuda.synchronize()
-        ms = 1000 * (time.perf_counter() - before) / count / contestant.parts
-        pipe.send((ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
+    return torch.get_float32_matmul_precision()
+
+
+def run_block(contestant, updates):
+    """In its process: milliseconds per part of a call, and the process's peak memory in MB."""
+    before, calls = time.perf_counter(), contestant.calls or updates
+    for _ in range(calls):
+        CALLS[0]()
+    if contestant.device != "cpu":
+        torch.cuda.synchronize()
+    ms = 1000 * (time.perf_counter() - before) / calls / contestant.parts
+    return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 class Process:
     """A contestant that waits, alone in its process, to be told to run a block."""
 
     def __init__(self, contestant, stack):
-        context = get_context("spawn")
-        self.contestant, (self.pipe, other) = contestant, context.Pipe()
-        process = context.Process(target=serve, args=(other, contestant))
-        process.start()
-        stack.callback(process.join)
-        stack.callback(self.tell, None)
-        other.close()
-        self.peak, self.precision = 0, self.listen()
+        self.contestant, self.peak = contestant, 0
+        self.pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+        self.precision = self.ask(begin, contestant)
 
-    def tell(self, count):
+    def ask(self, function, *arguments):
         try:
-            self.pipe.send(count)
-        except OSError:  # it has failed
-            pass
-
-    def listen(self):
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            fail(f"{self.contestant.kind} {self.contestant.script}: the process failed, see above", code=1)
+            return self.pool.submit(function, *arguments).result()
+        except Exception as error:  # whatever ended it
+            fail(f"{self.contestant.kind} {self.contestant.script}: {type(error).__name__}: {error}", code=1)
 
     def block(self, updates):
         """Milliseconds per part of a call."""
         time.sleep(0.1)  # the threads of the one before come to rest
-        self.tell(self.contestant.calls or updates)
-        ms, self.peak = self.listen()
+        ms, self.peak = self.ask(run_block, self.contestant, updates)
         return ms
 
 

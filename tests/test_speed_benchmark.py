@@ -178,5 +178,5 @@ def test_a_process_that_fails_ends_the_table(tmp_path):
             f"    speed.TINY['batch_size'] = -1\n    speed.main(speed.Args(table='fit', quick=True, out_dir='out'))")
     (tmp_path / "script.py").write_text(code)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("error: fit mbpo: the process failed, see above")
+    assert done.returncode == 1 and "script.py: error: fit mbpo: RuntimeError" in done.stderr.splitlines()[-1], done.stderr
     assert not (tmp_path / "out/results/speed_fit.csv").exists()
