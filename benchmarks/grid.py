@@ -5,11 +5,10 @@
     python benchmarks/grid.py fig5 --address auto --jobs 20 --gpus-per-run 0.2 --runs-dir /shared/runs
 
 A run is a plain `python SCRIPT.py …` with a directory of its own. Beside it lie its log and, since it last stopped, its
-command, exit code, seconds and commit (RUN_DIR.log, RUN_DIR.json). Ctrl-C (SIGTERM, a lost terminal) lets all that runs
-save and end. The same command goes on from there, also after a restart of the machine: a run that has finished is skipped,
-one that was interrupted continues from its last checkpoint. To publish, run from a `git worktree` of one commit, with
---runs-dir outside of it. On a cluster RUNS_DIR must be a folder that all nodes share. A run that is going on holds a lock
-on RUN_DIR.lock, which its process inherits: two never write to one directory, and a run saves and ends with its parent.
+command, exit code, seconds and commit (RUN_DIR.log, RUN_DIR.json). Ctrl-C, SIGTERM or a lost terminal let all that runs save
+and end; the same command goes on from there, also after a restart of the machine. A run holds a lock on RUN_DIR.lock, which
+its process inherits: two never write to one directory, and a run saves and ends with its parent. To publish, run from a
+`git worktree` of one commit, with --runs-dir outside of it; on a cluster it must be a folder that all nodes share.
 """
 
 import ctypes

@@ -4,11 +4,11 @@
     python benchmarks/mountain_car.py --runs RUN RUN --labels VMBPO β-VMBPO    # writes results/mountain_car*, figures/
     python benchmarks/mountain_car.py --from-csv                               # draws the figure again
 
-Mean trajectories (position, velocity) of the deterministic policy on MountainCarContinuous-v0, under the true dynamics and under
-the learned ones that its actor and critic were trained in (q of the variational scripts, p of MBPO). Optimism is told from
-mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus V(s') of the real next state, from
-the same states and actions; an optimistic model has a positive gap, whatever the policy. The policy's mean standard
-deviation says whether its entropy has collapsed. A mean trajectory ends where half of its episodes have ended.
+Mean trajectories (position, velocity) of the deterministic policy under the true dynamics and under the learned ones that its
+actor and critic were trained in (q of the variational scripts, p of MBPO), as far as half of the episodes go on. Optimism is
+told from mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus V(s') of the real next
+state, from the same states and actions, positive for an optimistic model whatever the policy. The policy's mean standard
+deviation says whether its entropy has collapsed.
 """
 
 import dataclasses

@@ -1,20 +1,16 @@
-"""A task where risk matters, with networks: a rewarding edge beside deadly ones, under noisy moves; and what an agent does there.
+"""A task where risk matters, with networks (RiskyEdge-v0 of tasks.py), and what an agent does there.
 
-    python beta_vmbpo.py --env-id benchmarks.tasks:RiskyEdge-v0 --beta 1 …     # the runs of `grid.py risk`
+    python benchmarks/grid.py risk
     python benchmarks/risk.py --runs RUN RUN --labels "β = 1" "β = 100"        # writes results/risk.csv, figures/risk.png
     python benchmarks/risk.py --reward-fit                                     # writes results/risk_reward_fit.csv
     python benchmarks/risk.py --optimum                                        # the risk-neutral optimum, by dynamic programming
 
-s' = s + a + N(0, 0.5²) in the box [-7, 7]², −0.1 per step. Leaving to the left, right or top costs 100; leaving at the bottom pays
-100 |x| / 7: the most in the corners, a step away from what costs most. An optimist goes for the corner, a cautious agent
-leaves where it pays less. Episodes begin at the centre and end after 100 steps. For every run: the mean return, the mean of the
-worst tenth, where paths leave, and |x| there, all over `--episodes` episodes of the deterministic policy.
-
-Rewards here are −0.1 but for the few that are of the size of 100. A Gaussian likelihood fits the many, with a variance at its
-lower bound, and leaves its mean near the edges where it was. The runs of `grid.py risk` have `--variance-weight 0.5`;
-`--reward-fit` shows why: expected rewards at five places, true and as fitted to random steps with weights 0, 0.5, 1.
-They also have `--gamma 0.95`: at 0.99 it costs a hundredth of the prize to put off leaving, less than critics err, and agents
-that put it off for ever came and went from one evaluation to the next.
+For every run: the mean return, the mean of the worst tenth, where paths leave, and |x| there, over `--episodes` episodes of the
+deterministic policy. Rewards are −0.1 but for the few that are of the size of 100. A Gaussian likelihood fits the many, with a
+variance at its lower bound, and leaves its mean near the edges where it was. So runs have `--variance-weight 0.5`; `--reward-fit`
+shows why: expected rewards at five places, true and as fitted to random steps with weights 0, 0.5, 1. They also have `--gamma
+0.95`: at 0.99 it costs a hundredth of the prize to put off leaving, less than critics err, and agents that put it off for ever
+came and went from one evaluation to the next.
 """
 
 import dataclasses

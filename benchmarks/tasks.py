@@ -1,9 +1,13 @@
 """Tasks of the experiments, for any script: --env-id benchmarks.tasks:NoisyHalfCheetah-v4, in the repository's folder.
 
-    RiskyEdge-v0            a rewarding edge beside deadly ones, under noisy moves (see risk.py)
-    NoisyTASK-v4            MuJoCo's task, with noise N(0, 0.3²) on the action, so that its dynamics are random
-    PositionsTASK           the task without its velocities, as `active_vem.py --mask velocity` sees it
-    StackedTASK             the same, its last four observations side by side: what an agent without memory can have
+    RiskyEdge-v0       a rewarding edge beside deadly ones, under noisy moves
+    NoisyTASK-v4       MuJoCo's task, with noise N(0, 0.3²) on the action, so that its dynamics are random
+    PositionsTASK      the task without its velocities, as `active_vem.py --mask velocity` sees it
+    StackedTASK        the same, its last four observations side by side: what an agent without memory can have
+
+The risky edge: s' = s + a + N(0, 0.5²) in the box [-7, 7]², −0.1 per step, 100 steps from the centre. Leaving to the left, right
+or top costs 100; leaving at the bottom pays 100 |x| / 7: the most in the corners, a step away from what costs most. An
+optimist goes for the corner, a cautious agent leaves where it pays less.
 """
 
 import gymnasium as gym
