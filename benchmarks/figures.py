@@ -26,7 +26,8 @@ LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_e
 NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted evaluation return", "model/beta": "β",
          "model/kl": "KL(q‖p), nats", "model/prior_error": "hold-out error of p", "value/q": "Q",
          "model/posterior_error": "hold-out error of q", "model/optimism_gap": "optimism gap, value units",
-         "model/effective_sample_size": "effective sample size of the weights", "policy/entropy": "policy entropy"}
+         "model/effective_sample_size": "effective sample size of the weights", "policy/entropy": "policy entropy",
+         "eval/return_prior": "evaluation return of p(a)", "policy/kl": "KL of the policy to its prior, nats"}
 # Published means and standard deviations. MBPO: Janner et al. (2019), curves as stored by erl_lib, the early points over the
 # last 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
 PUBLISHED = {
@@ -140,16 +141,15 @@ def draw_line(args, axis, rows, hours, **style):
 
 
 def draw_ends(axis, lines, labels):
-    """Dots: each trial's mean over the last quarter of its steps; a line through their means."""
-    middles = []
+    """Dots: each trial's mean over the last quarter of its steps; a bar at the mean of the trials."""
     for i, label in enumerate(labels):
-        steps, values = curve(lines[label])
-        ends = values[steps >= 0.75 * steps[-1]].mean(0)
-        axis.plot([i] * len(ends), ends, ".", color=f"C{i}")
-        middles.append(ends.mean())
-    axis.plot(middles, color="black", linewidth=1)
+        if label in lines:
+            steps, values = curve(lines[label])
+            ends = values[steps >= 0.75 * steps[-1]].mean(0)
+            axis.plot([i] * len(ends), ends, ".", color=f"C{i}")
+            axis.plot(i, ends.mean(), "_", color="black", markersize=14)
     axis.set_xticks(range(len(labels)), labels, rotation=30, fontsize=8)
-    axis.set_ylabel("each trial's mean over the last quarter", fontsize=7)
+    axis.set_ylabel("last quarter: each trial (dots) and their mean", fontsize=7)
 
 
 def draw_published(axis, task, last):
@@ -165,7 +165,7 @@ def draw_panel(args, axis, found, task, metric, against, labels):
     lines, clocks = group(rows, "label"), group(found.get((task, "time/hours"), []), "label")
     axis.set_yscale("log" if metric in LOG_METRICS else "linear")
     if against == "labels":
-        return draw_ends(axis, lines, [label for label in labels if label in lines])
+        return draw_ends(axis, lines, labels)
     trials = {draw_line(args, axis, lines[label], clocks.get(label) if against == "hours" else None, label=label,
                         color=f"C{i}", linestyle="-" if i < 10 else "--")
               for i, label in enumerate(labels) if label in lines}
@@ -174,6 +174,7 @@ def draw_panel(args, axis, found, task, metric, against, labels):
     if metric == "eval/return" and against == "steps":
         draw_published(axis, args.reference or task, max(int(row["step"]) for row in rows))
     what = {"mean": "mean ± one standard deviation", "iqm": "interquartile mean, 95 % interval"}[args.aggregate]
+    what = f"geometric {what}" if metric in LOG_METRICS else what
     counts = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
     axis.set_xlabel("hours" if against == "hours" else "environment steps per trial")
     axis.set_ylabel("one trial" if counts == "1" else f"{what}, {counts} trials", fontsize=7)
@@ -197,7 +198,8 @@ def draw(args, rows, figure):
         axis.set_title(f"{task}: {name}" if len(tasks) > 1 else name)
     for axis in axes[len(panels) :]:
         axis.remove()
-    axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
+    if args.against[0] != "labels":
+        axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
     for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
         if metric == "eval/return":
             last = max(int(row["step"]) for row in rows)
