@@ -149,6 +149,7 @@ def draw_ends(axis, lines, labels):
             axis.plot([i] * len(ends), ends, ".", color=f"C{i}")
             axis.plot(i, ends.mean(), "_", color="black", markersize=14)
     axis.set_xticks(range(len(labels)), labels, rotation=30, fontsize=8)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
     axis.set_ylabel("last quarter: each trial (dots) and their mean", fontsize=7)
 
 
