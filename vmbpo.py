@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1",
-#                 "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """VMBPO: model-based RL as variational inference with optimistic dynamics, in one file.
 
@@ -17,19 +17,17 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
- 2. Every fit starts q at p (parameters, Adam moments) and shows both the same minibatches at a rate that falls to zero.
-    KL(q‖p) is then the tilt alone and falls as 1/β²; between independent fits it has a floor.
-    `--posterior-init own`, `--no-model-lr-decay`: as in the paper.
+ 2. Every fit starts q at p and shows both the same minibatches at a rate that falls to zero: KL(q‖p) is then the tilt
+    alone, and vanishes as 1/β². `--posterior-init own`, `--no-model-lr-decay`: it has a floor.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
- 4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians, summed over the state's dimensions, averaged over
-    replayed states and the policy's actions. `--kl-estimator matched`: mean over pairs of members.
+ 4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator matched`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  6. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
-    `--entropy none`: nothing keeps the policy's standard deviation from falling to its floor.
+    `--entropy none`: the policy's standard deviation falls to its floor.
  7. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update the KL in (13) has
     gradient zero: it is computed only when `--prior-interval` is above 1.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
-    minibatches in the first fit, 100 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
+    minibatches in the first fit and 100 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
  9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
 
     python vmbpo.py --env-id Walker2d-v4
@@ -151,6 +149,10 @@ class Args:
             yield "max_horizon", "must be at least --horizon"
         if self.horizon_until <= self.horizon_from:
             yield "horizon_until", "must be above --horizon-from"
+        if self.horizon_from != Args.horizon_from and self.max_horizon == self.horizon:
+            yield "horizon_from", "has no effect where --max-horizon is --horizon"
+        if self.target_entropy is not None and self.entropy == "none":
+            yield "target_entropy", "has no effect with --entropy none"
         if self.updates_per_step % self.prior_interval:
             yield "prior_interval", "must divide --updates-per-step"
         if self.beta == 0 or self.beta < 0 and self.prior_interval > 1:
@@ -303,6 +305,7 @@ class Agent(nn.Module):
         self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))
         self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
+        self.beta = args.beta
         self.to(args.device)
 
         decay = [2.5e-5, 5e-5, *[7.5e-5] * (args.model_layers - 2), 1e-4][-args.model_layers - 1 :]  # MBPO's, by layer
@@ -349,7 +352,7 @@ class Agent(nn.Module):
             obs, action, reward, next_obs, terminated, _ = rows.split(buffer.widths, -1)
             q = self.critic(torch.cat([obs, action], -1)).amin(0)
             delta = reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q
-            weights.append((delta / self.args.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp())  # eq. (11)
+            weights.append((delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp())  # eq. (11)
         weights = torch.cat(weights, 1)
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
@@ -481,7 +484,7 @@ class Agent(nn.Module):
         if self.args.prior_interval > 1:
             (mean, log_std), (prior_mean, prior_log_std) = self.actor(obs), self.prior_actor(obs)
             kl = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp()))
-            loss = loss + self.args.beta * kl.sum(-1, keepdim=True)  # eq. (13)
+            loss = loss + self.beta * kl.sum(-1, keepdim=True)  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
         return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
 
@@ -490,7 +493,7 @@ class Agent(nn.Module):
         obs, action, reward, next_obs, terminated, log_ratio = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
         if self.args.log_ratio_in_critic:
-            target = target - self.args.beta * log_ratio  # eq. (12)
+            target = target - self.beta * log_ratio  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         loss, log_prob = self.actor_loss(obs)
@@ -561,7 +564,7 @@ def evaluate(agent, envs, args, stop=()):
 # Below: the same in every script. Environments, a run and its files, the command line.
 
 
-def make_envs(args, num_envs, **kwargs):
+def make_envs(args, num_envs):
     """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if args.env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
@@ -575,8 +578,9 @@ def make_envs(args, num_envs, **kwargs):
         env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    return gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
-                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
+    vector = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
+    return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=vector, wrappers=[wrap], **render)
 
 
 class Run:
@@ -589,16 +593,15 @@ class Run:
         if self.now >= args.total_steps:
             fail(f"--total-steps {args.total_steps}: the run is at step {self.now} already")
         self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        rows = [",".join(row) for row in read_metrics(self.dir) if int(row[0]) <= self.now]  # later ones come again
-        with replacing(self.dir / "metrics.csv") as path:
-            path.write_text("\n".join(["step,trial,metric,value", *rows, ""]))
+        rows = read_metrics(args)
+        with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
+            np.savetxt(path, rows[rows["step"] <= self.now], "%d,%d,%s,%.6g", header=",".join(rows.dtype.names), comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
         self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
             project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
-        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, "
-            f"steps {self.now:,} to {args.total_steps:,}")
+        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, steps {self.now:,} to {args.total_steps:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
         self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -695,25 +698,22 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
-def read_metrics(run_dir):
-    """Rows of metrics.csv as text, without a last line that a killed process has left unfinished."""
-    path = run_dir / "metrics.csv"
+def read_metrics(args):
+    """metrics.csv as a structured array, without a last line that a killed process has left unfinished."""
+    path, kind = Path(args.run_dir, "metrics.csv"), [("step", int), ("trial", int), ("metric", "U99"), ("value", float)]
     with refusing(path):
         text = path.read_text() if path.exists() else ""
-        rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()[1:]]
-        for step, trial, _, value in rows:
-            int(step), int(trial), float(value)
-    return rows
+        lines = text[: text.rfind("\n") + 1].splitlines()[1:]
+        return np.loadtxt(lines, kind, delimiter=",", ndmin=1) if lines else np.empty(0, kind)
 
 
 def draw(args):
     """curve.png: mean and one standard deviation of the evaluation return over the trials."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_metrics(Path(args.run_dir)) if row[2] == "eval/return"]
-    steps = [int(step) for step, *_ in rows[:: args.trials]]
-    returns = np.array([float(value) for *_, value in rows]).reshape(-1, args.trials)
-    mean, std = returns.mean(1), returns.std(1)
+    rows = read_metrics(args)
+    rows = rows[rows["metric"] == "eval/return"].reshape(-1, args.trials)
+    steps, mean, std = rows["step"][:, 0], rows["value"].mean(1), rows["value"].std(1)
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot(title=args.env_id, xlabel="environment steps per trial", ylabel="evaluation return")
     axes.plot(steps, mean)
@@ -774,13 +774,13 @@ def refusing(what):
 def wrong_values(args):
     """(flag, what it allows) of every value that is not of its flag's type or beyond its limits."""
     for field in dataclasses.fields(args):
-        kind, value, least, most = type(field.default), getattr(args, field.name), None, None
+        value, kind, limits = getattr(args, field.name), type(field.default), (-math.inf, math.inf)
         if get_origin(field.type) is Annotated:
-            kind, (least, most) = get_args(field.type)
+            kind, limits = get_args(field.type)
         if not isinstance(value, kind):
             yield field.name, f"must be of type {kind.__name__}"
-        elif least is not None is not value and not least <= value <= most:
-            yield field.name, f"allowed are values from {least:g} to {most:g}"
+        elif isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
+            yield field.name, f"allowed are values from {limits[0]:g} to {limits[1]:g}"
 
 
 def parse_args(argv=None):
@@ -790,11 +790,10 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            for name in dataclasses.asdict(args).keys() - values.keys():
-                raise KeyError(name)
-            saved = Args(**values | {"run_dir": run_dir, "resume": "", "evaluate": ""})
+            saved = Args(**{name: values.pop(name) for name in dataclasses.asdict(args)}, **values)  # no key more or less
             for name, rule in wrong_values(saved):
-                raise ValueError(f"{name} {values[name]}: {rule}")
+                raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
+            saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in dataclasses.asdict(args).keys() - RESUMABLE:
             if getattr(args, name) != getattr(saved, name):
@@ -812,10 +811,10 @@ def parse_args(argv=None):
     with refusing(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
-        envs = make_envs(args, 1, render_mode="rgb_array" if args.capture_video else None)
+        envs = make_envs(args, 1)
         if args.capture_video:
             importlib.import_module("moviepy")
-            envs.reset()
+            envs.reset(seed=args.seed)
             envs.render()
     if args.cuda_graph:
         with refusing("--cuda-graph"):
@@ -826,13 +825,12 @@ def parse_args(argv=None):
             wandb = importlib.import_module("wandb")
             if args.wandb == "online":
                 wandb.login()
-    needed = 4 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+    have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
-        _, memory = torch.cuda.mem_get_info(args.device)
-    if needed > memory:
-        fail(f"--buffer-size {args.buffer_size}: buffers, widths and batches of these sizes ask for "
-             f"{needed / 1e9:,.0f} GB, {args.device} has {memory / 1e9:,.0f}")
+        have = 1e-9 * torch.cuda.mem_get_info(args.device)[1]
+    if need > have:
+        fail(f"--buffer-size, widths and batches: they ask for {need:,.0f} GB, and {args.device} has {have:,.0f}")
     name = f"{SCRIPT}_s{args.seed}_{datetime.now():%Y%m%d-%H%M%S-%f}"
     args.run_dir = args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}"
     return args
@@ -845,7 +843,7 @@ def main(argv=None):
     try:
         if not args.evaluate:
             return train(args)
-        envs = make_envs(args, args.trials * args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
+        envs = make_envs(args, args.trials * args.eval_episodes)
         agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
         step = load(args, agent)
         if args.capture_video:

@@ -1,4 +1,4 @@
-"""What an update must be, to be captured or compiled: tensors in, tensors out, no value read by the host on the way."""
+"""What an update must be, to be captured as a CUDA graph: tensors in, tensors out, no value read by the host on the way."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def agent_and_buffers(name, **flags):
     if name == "active_vem":
         buffer = script.EpisodeBuffer(trials, 100, 3, 2, agent.latent_dim, "cpu")
         for i in range(60):
-            buffer.add(*(column[:, i : i + 1] for column in columns), *agent.begin(1), torch.full((trials, 1, 1), i % 20))
+            buffer.add(*(column[:, i : i + 1] for column in columns), agent.begin(1)[0], torch.full((trials, 1, 1), i % 20))
         return agent, (buffer,)
     buffers = [script.ReplayBuffer(trials, 100, 3, 2, "cpu") for _ in range(1 if name == "sac_iterative" else 2)]
     for buffer in buffers:
@@ -58,17 +58,16 @@ def agent_and_buffers(name, **flags):
 
 
 VARIANTS = [*((name, {}) for name in SCRIPTS), ("sac_iterative", {"inference": "direct", "prior": "uniform"}),
-            ("sac_iterative", {"input_norm": "layer", "alpha_target": "kl"}), ("beta_vmbpo", {"prior_interval": 2}),
+            ("sac_iterative", {"input_norm": "layer"}), ("beta_vmbpo", {"prior_interval": 2}),
             ("beta_vmbpo", {"log_ratio_in_critic": True}), ("active_vem", {"agent": "discriminative"}),
-            ("active_vem", {"marginal_weight": 0.5, "info_weight": 0.1, "marginal_anneal_steps": 10})]
+            ("active_vem", {"marginal_weight": 0.5, "info_weight": 0.1})]
 
 
 @pytest.mark.parametrize("name, flags", VARIANTS, ids=str)
 def test_no_update_waits_for_the_device(name, flags):
     agent, buffers = agent_and_buffers(name, **flags)
-    step = [1] if name in ("beta_vmbpo", "vmbpo") else []
     with NoHostReads():
-        agent.learn(*buffers, *step)
+        agent.learn(*buffers)
         if name == "beta_vmbpo":
             agent.update_beta()
         if hasattr(agent, "imagine"):
@@ -83,28 +82,3 @@ def test_host_reads_are_seen():
                  lambda: x.tolist(), lambda: x.cpu()):
         with pytest.raises(AssertionError, match="host"), NoHostReads():
             read()
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_critic_loss_compiles_in_one_graph(name):
-    """Forward and backward under torch.compile, without a break and with eager's numbers."""
-    agent, _ = agent_and_buffers(name)
-    obs = torch.randn(2, 16, agent.latent_dim if name == "active_vem" else 3)
-    columns = [obs, torch.rand(2, 16, 2), torch.randn(2, 16, 1)] + ([torch.ones(2, 16, 1)] if name == "active_vem" else [])
-    eager, _ = agent.critic_loss(*columns)
-    expected = torch.autograd.grad(eager, [*agent.critic.parameters()])
-    compiled, _ = torch.compile(agent.critic_loss, backend="aot_eager", fullgraph=True)(*columns)
-    found = torch.autograd.grad(compiled, [*agent.critic.parameters()])
-    torch.testing.assert_close((compiled, *found), (eager, *expected))
-
-
-@pytest.mark.parametrize("name", ["beta_vmbpo", "vmbpo", "mbpo"])
-def test_model_loss_compiles_in_one_graph(name):
-    agent, buffers = agent_and_buffers(name)
-    batch = buffers[0].storage[None].expand(3, -1, -1, -1)[:, :, :16].split(buffers[0].widths, -1)
-    inputs = [batch] if name == "mbpo" else [batch, torch.rand(3, 2, 16, 1)]
-    eager = agent.model_loss(*inputs)
-    parameters = [*agent.model.parameters(), *agent.terminator.parameters()]
-    expected = torch.autograd.grad(eager, parameters)
-    compiled = torch.compile(agent.model_loss, backend="aot_eager", fullgraph=True)(*inputs)
-    torch.testing.assert_close((compiled, *torch.autograd.grad(compiled, parameters)), (eager, *expected))

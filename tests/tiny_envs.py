@@ -77,6 +77,38 @@ class Signal(Counter):
         return super().step(action)
 
 
+class Endless(Signal):
+    """Neither ends nor has a time limit."""
+
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, False, truncated, info
+
+
+class HugeReward(Counter):
+    """A reward in step 33 that is finite, but not as a float32."""
+
+    def step(self, action):
+        obs, reward, *others = super().step(action)
+        return obs, 1e39 if self.total == 33 else reward, *others
+
+
+class NoRenderer(Counter):
+    """Knows no render_mode."""
+
+    metadata = {}
+
+    def __init__(self):
+        super().__init__()
+
+
+class NeedsPackage(Counter):
+    """A task whose renderer lacks its package."""
+
+    def render(self):
+        raise gym.error.DependencyNotInstalled("something is not installed, run `pip install something`")
+
+
 class Dictionary(Counter):
     """The counter's observation as a dictionary."""
 
@@ -95,10 +127,36 @@ class Unbounded(Counter):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Integer(Counter):
+    """Whole numbers as actions."""
+
+    action_space = gym.spaces.Box(-2, 6, (1,), np.int64)
+
+
+class Degenerate(Counter):
+    """An action that cannot move."""
+
+    action_space = gym.spaces.Box(1.0, 1.0, (1,), np.float32)
+
+
+class Scalar(Counter):
+    """An action that is a number, not a vector."""
+
+    action_space = gym.spaces.Box(LOW, HIGH, (), np.float32)
+
+
+class Image(Counter):
+    """Frames of a video game as observations."""
+
+    observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
+
+
 def ends_above(obs, action, next_obs):
     """A rule of termination, for --termination-fn."""
     return next_obs[..., 1] > 2
 
 
-for kind in (Counter, NanObservation, InfFinalObservation, NanResetObservation, NanReward, Signal, Dictionary, Unbounded):
+for kind in (Counter, NanObservation, InfFinalObservation, NanResetObservation, NanReward, HugeReward, Signal, Dictionary,
+             NoRenderer, NeedsPackage, Unbounded, Integer, Degenerate, Scalar, Image):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=7)
+gym.register("Endless-v0", Endless)
