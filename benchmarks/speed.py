@@ -159,7 +159,7 @@ def own_step(contestant):
     """An environment step of the script's own loop, beginning with a fit that is not the first."""
     args, envs, agent, buffers = prepare(contestant)
     column = lambda x: torch.as_tensor(x, dtype=torch.float32, device=args.device).view(args.trials, 1, -1)
-    obs, count, model_based = column(envs.reset(seed=0)[0]), 0, len(buffers) > 1
+    obs, count, model_based = column(envs.reset(seed=0)[0]), 0, hasattr(agent, "imagine")
 
     def refit():
         agent.fit_model(buffers[0])
@@ -194,10 +194,10 @@ def sb3(contestant):
 
     model = SAC("MlpPolicy", gym.make(TASK), buffer_size=contestant.rows, device=contestant.device)
     model.set_logger(Logger(None, []))
-    obs, noise = model.observation_space.shape[0], np.random.default_rng(0)
+    noise, zero = np.random.default_rng(0), np.zeros(1)
     for _ in range(contestant.rows):
-        observation, next_observation = noise.normal(size=(2, 1, obs))
-        model.replay_buffer.add(observation, next_observation, noise.uniform(-1, 1, (1, 6)), noise.normal(size=1), np.zeros(1), [{}])
+        obs, next_obs = noise.normal(size=(2, 1, 17))
+        model.replay_buffer.add(obs, next_obs, noise.uniform(-1, 1, (1, 6)), noise.normal(size=1), zero, [{}])
     return lambda: model.train(1, model.batch_size)
 
 
@@ -243,8 +243,6 @@ def mbpo_pytorch(contestant):
 # The measurement
 
 KINDS = {"update": own_update, "fit": own_fit, "steps": own_step, "sb3": sb3, "mbpo_pytorch": mbpo_pytorch}
-
-
 CALLS = []  # in a contestant's process: its call
 
 
@@ -266,6 +264,7 @@ def run_block(contestant, updates):
     if contestant.device != "cpu":
         torch.cuda.synchronize()
     ms = 1000 * (time.perf_counter() - before) / calls / contestant.parts
+    # The peak is at least that of the process that started this one, which is smaller: it has made nothing.
     return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
@@ -295,20 +294,19 @@ def spread(values, name):
     return {name: f"{middle:.4g}", f"{name}_low": f"{low:.4g}", f"{name}_high": f"{high:.4g}"}
 
 
-def installed(peer):
-    return peer and (peer.kind != "sb3" or importlib.util.find_spec("stable_baselines3"))
-
-
 def measure(args, own, peer):
     """Columns of one row."""
     found = dict.fromkeys(("peer_ms", "ratio", "ratio_low", "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low",
                            "same_ratio_high"), "")
     with ExitStack() as stack:
-        process, times = Process(own, stack), []
-        process.block(args.updates)  # warms up
-        if not installed(peer):
+        process, times, variants = Process(own, stack), [], ()
+        if own.kind != "steps":  # which begin with a fit, and are long
+            process.block(args.updates)  # warms up
+        if peer and (peer.kind != "sb3" or importlib.util.find_spec("stable_baselines3")):
+            variants = ("", "highest"), ("same_", process.precision)
+        else:
             times = [process.block(args.updates) for _ in range(args.blocks)]
-        for name, precision in (("", "highest"), ("same_", process.precision)) if installed(peer) else ():
+        for name, precision in variants:
             other = Process(dataclasses.replace(peer, precision=precision), stack)
             other.block(args.updates)
             pairs = [(process.block(args.updates), other.block(args.updates)) for _ in range(args.blocks)]
@@ -336,15 +334,15 @@ def measure_table(args):
     for name, own, peer in rows_of(args.table):
         if args.only not in name:
             continue
-        own.device, known = args.device, {field.name for field in dataclasses.fields(load_script(own.script).Args)}
         own.flags |= {"cuda_graph": args.cuda_graph}
         if args.matmul_precision != "default":
             own.flags |= {"matmul_precision": args.matmul_precision}
         if args.quick:
-            own.flags |= {key: value for key, value in TINY.items() if key in known}
-            own.rows, own.calls, own.parts = min(own.rows, 300), min(own.calls, 2), own.flags.get("trials", 1)
-        if peer:
-            peer.device, peer.calls = args.device, min(peer.calls, 2) if args.quick else peer.calls
+            own.flags |= {key: value for key, value in TINY.items() if hasattr(load_script(own.script).Args, key)}
+        for contestant in filter(None, (own, peer)):
+            contestant.device = args.device
+            if args.quick:
+                contestant.rows, contestant.calls = min(contestant.rows, 300), min(contestant.calls, 2)
         row = measure(args, own, peer)
         row = {"table": args.table, "row": name, "threads": own.threads, "blocks": args.blocks} | row | place(args.device)
         say("  ".join(f"{key} {value}" for key, value in row.items() if value != ""))
