@@ -374,6 +374,7 @@ class Agent(nn.Module):
         self.latent_dim, self.action_dim = z, a
         self.widths = (obs_dim, a, 1, obs_dim, 1, z, 1)  # of a row of EpisodeBuffer
         self.percepts = Normalizer(trials, x)  # a percept is an observation and the reward received with it
+        self.changes = Normalizer(trials, obs_dim)  # of an observation since the one before
         self.actor = Gaussian(trials, z, args.hidden_dim, a)
         self.prior_actor = Gaussian(trials, z, args.hidden_dim, a)
         self.critic = StackedMLP((2, trials), (z + a, args.hidden_dim, args.hidden_dim, 1))
@@ -382,8 +383,9 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
         self.first_latent, model = nn.Parameter(torch.zeros(trials, 1, z)), []  # before the first step
         if not self.memoryless:
-            self.latent_posterior = Gaussian(trials, z + a + x, args.model_dim, z)
-            self.latent_prior = Gaussian(trials, z + a + (0 if self.generative else x), args.model_dim, z)
+            sight = x + obs_dim  # what is seen: a percept, and how the observation has changed
+            self.latent_posterior = Gaussian(trials, z + a + sight, args.model_dim, z)
+            self.latent_prior = Gaussian(trials, z + a + (0 if self.generative else sight), args.model_dim, z)
             model += [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
         if self.generative:
             self.decoder = StackedMLP((trials,), (z, args.model_dim, args.model_dim, x + 1), F.silu)
@@ -412,17 +414,18 @@ class Agent(nn.Module):
     # What is inferred online
 
     @torch.no_grad()
-    def begin(self, n):
-        """Latent state, action and reward before the first step: (trials, n, ·)."""
-        none = torch.zeros(self.args.trials, n, self.action_dim + 1, device=self.first_latent.device)
-        return self.first_latent.expand(-1, n, -1), none[..., :-1], none[..., -1:]
+    def begin(self, obs):
+        """What precedes an episode's first obs (trials, n, obs_dim): latent state, action, reward, and obs itself."""
+        none = torch.zeros(*obs.shape[:2], self.action_dim + 1, device=obs.device)
+        return self.first_latent.expand(-1, obs.shape[1], -1), none[..., :-1], none[..., -1:], obs
 
     @torch.no_grad()
-    def perceive(self, latent, action, obs, reward, noise=None):
-        """z_t given what came before it and what is seen now; the mean of q where noise is 0."""
+    def perceive(self, obs, latent, action, reward, last_obs, noise=None):
+        """z_t given what is seen now and what came before it; the mean of q where noise is 0."""
         percept = self.percepts(torch.cat([obs, reward], -1))
+        sight = torch.cat([percept, self.changes(obs - last_obs)], -1)
         noise = torch.randn_like(latent) if noise is None else noise
-        return percept[..., :-1] if self.memoryless else self.unroll(latent, action, percept, noise)[0]
+        return percept[..., :-1] if self.memoryless else self.unroll(latent, action, sight, noise)[0]
 
     @torch.no_grad()
     def act(self, latent, policy="posterior", deterministic=False):
@@ -432,10 +435,10 @@ class Agent(nn.Module):
 
     # The distributions of the agent, in columns (trials, batch, ·)
 
-    def unroll(self, latent, action, percept, noise):
-        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t) and its moments, for columns that hold one time step after another."""
+    def unroll(self, latent, action, sight, noise):
+        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}) and its moments, for columns that hold one time after another."""
         n, steps = latent.shape[1], []
-        for a, x, eps in zip(action.split(n, 1), percept.split(n, 1), noise.split(n, 1)):
+        for a, x, eps in zip(action.split(n, 1), sight.split(n, 1), noise.split(n, 1)):
             mean, log_std = self.latent_posterior(latent, a, x)
             latent = mean + log_std.exp() * eps
             steps.append((latent, mean, log_std))
@@ -508,23 +511,25 @@ class Agent(nn.Module):
         obs, action, reward, next_obs, ended, stored, time = rows.flatten(1, 2).split(self.widths, -1)
         begins, weight, none = time[:, :n] == 0, weight.flatten(1, 2), torch.zeros_like(reward[:, :n])
         percept = torch.cat([torch.cat([obs[:, :n], next_obs], 1), torch.cat([none, reward], 1)], -1)
-        window = {"percept": self.percepts(percept), "action": torch.cat([torch.zeros_like(action[:, :n]), action], 1),
+        percept, change = self.percepts(percept), torch.cat([torch.zeros_like(obs[:, :n]), next_obs - obs], 1)
+        window = {"percept": percept, "sight": torch.cat([percept, self.changes(change)], -1),
+                  "action": torch.cat([torch.zeros_like(action[:, :n]), action], 1),
                   "ended": torch.cat([none, ended], 1), "weight": torch.cat([weight[:, :n] * begins, weight], 1)}
         if self.memoryless:
             return window | {"latent": window["percept"][..., :-1]}
         before = self.first_latent.expand(-1, n, -1)
         noise = torch.randn(*percept.shape[:2], self.latent_dim, device=rows.device)
-        columns = window["action"], window["percept"], noise
+        columns = window["action"], window["sight"], noise
         first = self.unroll(before, *(column[:, :n] for column in columns))
         first[0] = torch.where(begins, first[0], stored[:, :n])
         rest = self.unroll(first[0], *(column[:, n:] for column in columns))
         latent, *posterior = (torch.cat(parts, 1) for parts in zip(first, rest))
         return window | {"before": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior}
 
-    def bound_terms(self, before, latent, posterior, action, percept, ended):
+    def bound_terms(self, before, latent, posterior, action, percept, sight, ended):
         """The terms of (6) or (8) on z_t and the log-probability of the episode's end, each (trials, n, 1)."""
         if not self.generative:
-            return {"kl": divergence(*posterior, *self.latent_prior(before, action, percept))}  # eq. (6)
+            return {"kl": divergence(*posterior, *self.latent_prior(before, action, sight))}  # eq. (6)
         prior = self.latent_prior(before, action)
         mean, log_std, _ = self.decode(latent)
         end_logit = self.decode(sample(*prior))[2]
@@ -640,15 +645,17 @@ class Agent(nn.Module):
         A later fit changes no output in the task's units: whatever reads or predicts percepts, and whatever counts in
         scaled reward, is rescaled with them. Else it would throw a precise model off by many nats.
         """
-        _, _, reward, next_obs, *_ = buffer.rows().split(self.widths, -1)
+        obs, _, reward, next_obs, *_ = buffer.rows().split(self.widths, -1)
         mean, std = self.percepts.mean.clone(), self.percepts.std.clone()
         self.percepts.fit(torch.cat([next_obs, reward], -1))
         if self.updates == 0:
+            self.changes.fit(next_obs - obs)
             return
         ratio, shift = self.percepts.std / std, (self.percepts.mean - mean) / std  # old = ratio * new + shift
         readers, seen = [self.actor, self.prior_actor, self.critic, self.critic_target], slice(self.latent_dim)
         if not self.memoryless:
-            readers, seen = [self.latent_posterior], slice(self.latent_dim + self.action_dim, None)
+            first = self.latent_dim + self.action_dim
+            readers, seen = [self.latent_posterior], slice(first, first + ratio.shape[-1])
         if self.args.agent == "discriminative":
             readers.append(self.latent_prior)
         for net in readers:
@@ -673,19 +680,19 @@ def train(args):
     agent = Agent(args, obs_dim, action_dim)
     buffer = EpisodeBuffer(args.trials, args.buffer_size, obs_dim, action_dim, agent.latent_dim, args.device)
     run, metrics = Run(args, agent, envs, [buffer]), {}
-    last = agent.begin(1)  # latent state, action and reward before the present observation
+    last = agent.begin(run.obs)  # latent state, action, reward and observation before the present observation
     for step in run.steps():
         # infer, act: at random at first
         time = run.column(run.lengths)
-        last = [torch.where(time == 0, first, value) for first, value in zip(agent.begin(1), last)]
-        latent = agent.perceive(*last[:2], run.obs, last[2])
+        last = [torch.where(time == 0, first, value) for first, value in zip(agent.begin(run.obs), last)]
+        latent = agent.perceive(run.obs, *last)
         action = agent.act(latent, args.act) if step > args.learning_starts else run.random_action()
 
         # remember: a time limit is not a termination, and an episode's last state is not the next one's first
         obs, reward, next_obs, terminated = run.step(action)
         buffer.add(obs, action, reward, next_obs, terminated, latent, time)
         agent.ever_ended.copy_(torch.maximum(agent.ever_ended, terminated))
-        last = latent, action, reward
+        last = latent, action, reward, obs
 
         # learn
         if step >= args.learning_starts:
@@ -707,15 +714,17 @@ def evaluate(agent, envs, args, stop=()):
         obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
         alive = np.ones(envs.num_envs, bool)
-        latent, action, reward = agent.begin(envs.num_envs // args.trials)
+        last = None
         while alive.any() and lengths.max() < args.max_eval_steps and not stop:
             obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
-            latent = agent.perceive(latent, action, obs, reward, noise=torch.zeros_like(latent))
+            last = last or agent.begin(obs)
+            latent = agent.perceive(obs, *last, noise=torch.zeros_like(last[0]))
             action = agent.act(latent, policy, deterministic=True)
-            obs, gained, terminated, truncated, _ = envs.step(action.flatten(0, 1).cpu().numpy())
-            reward = torch.as_tensor(gained, dtype=torch.float32, device=args.device).view(reward.shape)
-            returns += alive * gained
-            discounted += alive * gained * args.gamma**lengths
+            next_obs, reward, terminated, truncated, _ = envs.step(action.flatten(0, 1).cpu().numpy())
+            received = torch.as_tensor(reward, dtype=torch.float32, device=args.device).view(args.trials, -1, 1)
+            last, obs = (latent, action, received, obs), next_obs
+            returns += alive * reward
+            discounted += alive * reward * args.gamma**lengths
             lengths += alive
             alive &= ~(terminated | truncated)
         sums = {"eval/return": returns, "eval/length": lengths, "eval/discounted_return": discounted}

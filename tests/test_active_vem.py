@@ -153,7 +153,7 @@ def expected_terms(agent, actions, percepts):
     start = torch.full((1, n, 1), START, dtype=torch.float64)
     latent, *posterior = agent.unroll(start, actions, percepts, noise)
     window = {"before": torch.cat([start, latent[:, :-n]], 1), "latent": latent, "posterior": posterior,
-              "action": actions, "percept": percepts, "ended": torch.zeros_like(latent)}
+              "action": actions, "percept": percepts, "sight": percepts, "ended": torch.zeros_like(latent)}
     terms = agent.bound_terms(**window)
     return {name: term.detach().view(steps, n).mean(1).sum().item() for name, term in terms.items()}, window
 
@@ -228,7 +228,7 @@ def test_marginal_sends_the_proposal_no_gradient():
     """q could raise the bound by becoming a bad proposal; the model and z_{t-1} get the gradient."""
     agent = build(marginal_weight=1.0)
     before, u, x = torch.randn(1, 8, 4, requires_grad=True), torch.randn(1, 8, 1), torch.randn(1, 8, 3)
-    posterior = agent.latent_posterior(before.detach(), u, x)
+    posterior = agent.latent_posterior(before.detach(), u, x, torch.randn(1, 8, 2))
     agent.log_marginal(before, u, x, posterior).sum().backward()
     assert all(p.grad is None for p in agent.latent_posterior.parameters())
     assert all(p.grad.abs().sum() > 0 for p in [*agent.latent_prior.parameters(), before, agent.log_scale])
@@ -404,13 +404,19 @@ def test_alpha_meets_its_target(alpha, direction):
 def test_online_filter_is_batch_inference():
     agent = build(trials=2)
     agent.percepts.mean += torch.randn(2, 1, 3)
-    obs, reward, actions, noise = (torch.randn(2, 36, width) for width in (2, 1, 1, 4))  # 12 steps, three at a time
-    latent = start = agent.begin(3)[0]
-    batch = agent.unroll(start, actions, agent.percepts(torch.cat([obs, reward], -1)), noise)[0]
-    for t in range(12):
-        now = slice(3 * t, 3 * t + 3)
-        latent = agent.perceive(latent, actions[:, now], obs[:, now], reward[:, now], noise[:, now])
-        torch.testing.assert_close(latent, batch[:, now])
+    agent.changes.std += torch.rand(2, 1, 2)
+    rows, noise = torch.randn(2, 12, 3, sum(agent.widths)), torch.randn(2, 13 * 3, 4)  # (trials, time, n, row)
+    rows[:, 1:, :, :2] = rows[:, :-1, :, 4:6]  # obs is the last next_obs
+    rows[..., -1] = torch.arange(12).view(12, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *size, device: noise)
+        batch = agent.follow(rows, torch.full((2, 12, 3, 1), 1 / 12))["latent"].unflatten(1, (13, 3))
+    last, obs = agent.begin(rows[:, 0, :, :2]), rows[:, 0, :, :2]
+    for t in range(13):
+        latent = agent.perceive(obs, *last, noise=noise[:, 3 * t : 3 * t + 3])
+        torch.testing.assert_close(latent, batch[:, t])
+        if t < 12:
+            last, obs = (latent, rows[:, t, :, 2:3], rows[:, t, :, 3:4], obs), rows[:, t, :, 4:6]
 
 
 @pytest.mark.parametrize("kind", AGENTS)
@@ -422,16 +428,16 @@ def test_later_scales_change_no_output_in_the_units_of_the_task(kind):
         parameter.data += 0.1 * torch.randn_like(parameter)
     torch.manual_seed(0)
     random = lambda width: torch.randn(2, 7, width, dtype=torch.float64)
-    before, action, obs, reward, noise = (random(n) for n in (agent.latent_dim, 1, 2, 1, agent.latent_dim))
+    before, action, obs, reward, last_obs, noise = (random(n) for n in (agent.latent_dim, 1, 2, 1, 2, agent.latent_dim))
 
     def outputs():
         percept, unit = agent.percepts(torch.cat([obs, reward], -1)), agent.percepts.std[..., -1:]
-        latent = agent.perceive(before, action, obs, reward, noise)
+        latent = agent.perceive(obs, before, action, reward, last_obs, noise)
         found = {"q": agent.critic(torch.cat([latent, action], -1)) * unit, "alpha": agent.log_alpha.exp() * unit,
                  "target": agent.critic_target(torch.cat([latent, action], -1)) * unit,
                  "action": agent.act(latent, deterministic=True), "prior": agent.act(latent, "prior", deterministic=True)}
         if kind != "memoryless":
-            prior = agent.latent_prior(before, action, *([] if kind == "generative" else [percept]))
+            prior = agent.latent_prior(before, action, *([] if kind == "generative" else [percept, last_obs]))
             found |= {"latent": latent, "prior mean": prior[0], "prior scale": prior[1]}
         if kind == "generative":
             volume = agent.percepts.std.log().sum(-1, keepdim=True)
@@ -468,10 +474,11 @@ def test_scales_of_the_first_fit_leave_the_untrained_networks_alone():
 @pytest.mark.parametrize("kind", ["generative", "discriminative"])
 def test_untrained_latent_state_is_bounded(kind):
     agent = build(agent=kind, latent_dim=8, model_dim=64, trials=5)
-    latent, action, reward = agent.begin(4)
+    last = agent.begin(torch.randn(5, 4, 2))
     for _ in range(1000):
-        latent = agent.perceive(latent, action, torch.randn(5, 4, 2), reward)
-        action, reward = agent.act(latent), torch.randn(5, 4, 1)
+        obs = torch.randn(5, 4, 2)
+        latent = agent.perceive(obs, *last)
+        last = latent, agent.act(latent), torch.randn(5, 4, 1), obs
         assert latent.abs().max() < 20
     imagined = latent
     for _ in range(1000 if kind == "generative" else 0):
@@ -485,9 +492,9 @@ def test_latent_state_is_bounded_where_its_recurrence_expands(kind):
     agent = build(agent=kind, latent_dim=8, model_dim=64)
     for parameter in agent.latent_posterior.parameters():
         parameter.data *= 10
-    latent, action, reward = agent.begin(4)
+    latent, action, reward, obs = agent.begin(torch.randn(1, 4, 2))
     for _ in range(50):
-        latent = agent.perceive(latent, action, torch.randn(1, 4, 2), reward)
+        latent = agent.perceive(torch.randn(1, 4, 2), latent, action, reward, obs)
     assert latent.abs().max() < 10 + 6 * math.exp(2)
 
 
@@ -510,9 +517,11 @@ def test_rewards_and_actions_are_aligned(tmp_path, monkeypatch):
         seen.append((agent.percepts.inverse(window["percept"]), window["action"], window["weight"]))
         return window
 
-    def watched_perceive(agent, latent, action, obs, reward, noise=None):
+    def watched_perceive(agent, obs, latent, action, reward, last_obs, noise=None):
+        count, last_count = obs[..., :1] % 100, last_obs[..., :1] % 100
+        assert torch.equal(count - last_count, (count > 0).float())
         seen.append((torch.cat([obs, reward], -1), action, torch.ones_like(reward)))
-        return perceive(agent, latent, action, obs, reward, noise)
+        return perceive(agent, obs, latent, action, reward, last_obs, noise)
 
     monkeypatch.setattr(VEM.Agent, "follow", watched_follow)
     monkeypatch.setattr(VEM.Agent, "perceive", watched_perceive)
@@ -801,12 +810,15 @@ def test_evaluation_follows_the_filter(tmp_path, capsys):
         for i in range(6):
             env, trial = gym.make("Pendulum-v1"), i // 3
             obs = env.reset(seed=1 + 10_000 + i)[0]
-            latent, action, reward, total, discounted = agent.begin(1)[0], torch.zeros(2, 1, 1), 0.0, 0.0, 0.0
+            latent, action, reward, total, discounted = agent.first_latent, torch.zeros(2, 1, 1), 0.0, 0.0, 0.0
+            last_obs = obs
             for t in range(200):
                 percept = agent.percepts(torch.tensor([*obs[:2], reward]).float().expand(2, 1, 3))
+                change = agent.changes(torch.tensor((obs - last_obs)[:2]).expand(2, 1, 2))
                 with torch.no_grad():
-                    latent = agent.latent_posterior(latent, action, percept)[0]
+                    latent = agent.latent_posterior(latent, action, percept, change)[0]
                     action = net(latent)[0].tanh()
+                last_obs = obs
                 obs, reward, *_ = env.step(2 * action[trial, 0].numpy())
                 total, discounted = total + reward, discounted + 0.99**t * reward
             assert returns[trial, i % 3] == pytest.approx(total, rel=1e-3)
