@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17", "tqdm==4.70.1",
-#                 "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17",
+#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """Active VEM: an agent that infers its hidden state and its actions under one variational bound, in one file.
 
@@ -50,12 +50,10 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -86,7 +84,6 @@ warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).
 if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
     ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
     ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
-
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
@@ -293,7 +290,7 @@ class StackedMLP(nn.Module):
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
-        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in itertools.pairwise(dims))
+        self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation = activation
 
     def forward(self, x):
@@ -736,7 +733,7 @@ def evaluate(agent, envs, args, stop=()):
 # Below: the same in every script. Environments, a run and its files, the command line.
 
 
-def make_envs(args, num_envs, **kwargs):
+def make_envs(args, num_envs):
     """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if args.env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
@@ -750,8 +747,9 @@ def make_envs(args, num_envs, **kwargs):
         env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    return gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[wrap],
-                        vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}, **kwargs)
+    vector = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
+    return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=vector, wrappers=[wrap], **render)
 
 
 class Run:
@@ -764,16 +762,15 @@ class Run:
         if self.now >= args.total_steps:
             fail(f"--total-steps {args.total_steps}: the run is at step {self.now} already")
         self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        rows = [",".join(row) for row in read_metrics(self.dir) if int(row[0]) <= self.now]  # later ones come again
-        with replacing(self.dir / "metrics.csv") as path:
-            path.write_text("\n".join(["step,trial,metric,value", *rows, ""]))
+        rows = read_metrics(args)
+        with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
+            np.savetxt(path, rows[rows["step"] <= self.now], "%d,%d,%s,%.6g", header=",".join(rows.dtype.names), comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
         self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
             project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
-        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, "
-            f"steps {self.now:,} to {args.total_steps:,}")
+        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, steps {self.now:,} to {args.total_steps:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
         self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -870,25 +867,22 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
-def read_metrics(run_dir):
-    """Rows of metrics.csv as text, without a last line that a killed process has left unfinished."""
-    path = run_dir / "metrics.csv"
+def read_metrics(args):
+    """metrics.csv as a structured array, without a last line that a killed process has left unfinished."""
+    path, kind = Path(args.run_dir, "metrics.csv"), [("step", int), ("trial", int), ("metric", "U99"), ("value", float)]
     with refusing(path):
         text = path.read_text() if path.exists() else ""
-        rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()[1:]]
-        for step, trial, _, value in rows:
-            int(step), int(trial), float(value)
-    return rows
+        lines = text[: text.rfind("\n") + 1].splitlines()[1:]
+        return np.loadtxt(lines, kind, delimiter=",", ndmin=1) if lines else np.empty(0, kind)
 
 
 def draw(args):
     """curve.png: mean and one standard deviation of the evaluation return over the trials."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_metrics(Path(args.run_dir)) if row[2] == "eval/return"]
-    steps = [int(step) for step, *_ in rows[:: args.trials]]
-    returns = np.array([float(value) for *_, value in rows]).reshape(-1, args.trials)
-    mean, std = returns.mean(1), returns.std(1)
+    rows = read_metrics(args)
+    rows = rows[rows["metric"] == "eval/return"].reshape(-1, args.trials)
+    steps, mean, std = rows["step"][:, 0], rows["value"].mean(1), rows["value"].std(1)
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot(title=args.env_id, xlabel="environment steps per trial", ylabel="evaluation return")
     axes.plot(steps, mean)
@@ -949,13 +943,13 @@ def refusing(what):
 def wrong_values(args):
     """(flag, what it allows) of every value that is not of its flag's type or beyond its limits."""
     for field in dataclasses.fields(args):
-        kind, value, least, most = type(field.default), getattr(args, field.name), None, None
+        value, kind, limits = getattr(args, field.name), type(field.default), (-math.inf, math.inf)
         if get_origin(field.type) is Annotated:
-            kind, (least, most) = get_args(field.type)
+            kind, limits = get_args(field.type)
         if not isinstance(value, kind):
             yield field.name, f"must be of type {kind.__name__}"
-        elif least is not None is not value and not least <= value <= most:
-            yield field.name, f"allowed are values from {least:g} to {most:g}"
+        elif isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
+            yield field.name, f"allowed are values from {limits[0]:g} to {limits[1]:g}"
 
 
 def parse_args(argv=None):
@@ -965,11 +959,10 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            for name in dataclasses.asdict(args).keys() - values.keys():
-                raise KeyError(name)
-            saved = Args(**values | {"run_dir": run_dir, "resume": "", "evaluate": ""})
+            saved = Args(**{name: values.pop(name) for name in dataclasses.asdict(args)}, **values)  # no key more or less
             for name, rule in wrong_values(saved):
-                raise ValueError(f"{name} {values[name]}: {rule}")
+                raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
+            saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in dataclasses.asdict(args).keys() - RESUMABLE:
             if getattr(args, name) != getattr(saved, name):
@@ -987,10 +980,10 @@ def parse_args(argv=None):
     with refusing(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
-        envs = make_envs(args, 1, render_mode="rgb_array" if args.capture_video else None)
+        envs = make_envs(args, 1)
         if args.capture_video:
             importlib.import_module("moviepy")
-            envs.reset()
+            envs.reset(seed=args.seed)
             envs.render()
     if args.cuda_graph:
         with refusing("--cuda-graph"):
@@ -1001,13 +994,12 @@ def parse_args(argv=None):
             wandb = importlib.import_module("wandb")
             if args.wandb == "online":
                 wandb.login()
-    needed = 4 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+    have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
-        _, memory = torch.cuda.mem_get_info(args.device)
-    if needed > memory:
-        fail(f"--buffer-size {args.buffer_size}: buffers, widths and batches of these sizes ask for "
-             f"{needed / 1e9:,.0f} GB, {args.device} has {memory / 1e9:,.0f}")
+        have = 1e-9 * torch.cuda.mem_get_info(args.device)[1]
+    if need > have:
+        fail(f"--buffer-size, widths and batches: they ask for {need:,.0f} GB, and {args.device} has {have:,.0f}")
     name = f"{SCRIPT}_s{args.seed}_{datetime.now():%Y%m%d-%H%M%S-%f}"
     args.run_dir = args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}"
     return args
@@ -1020,7 +1012,7 @@ def main(argv=None):
     try:
         if not args.evaluate:
             return train(args)
-        envs = make_envs(args, args.trials * args.eval_episodes, render_mode="rgb_array" if args.capture_video else None)
+        envs = make_envs(args, args.trials * args.eval_episodes)
         agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
         step = load(args, agent)
         if args.capture_video:
