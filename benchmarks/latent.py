@@ -113,19 +113,18 @@ def record(agent, saved, deterministic=False):
     column = lambda x: torch.as_tensor(np.array(x), dtype=torch.float32).view(saved.trials, saved.eval_episodes, -1)
     if VEM.task_name(saved.env_id) not in TASKS:
         fail(f"--runs: the true velocity can be read of {', '.join(TASKS)}, not of {saved.env_id}")
-    alive, tape = np.ones(envs.num_envs, bool), defaultdict(list)
-    latent, action, reward = agent.begin(saved.eval_episodes)
-    noisy = latent
+    alive, tape, last = np.ones(envs.num_envs, bool), defaultdict(list), None
     while alive.any():
-        velocity = column([true_velocity(env.unwrapped) for env in envs.envs])
-        noisy = agent.perceive(noisy, action, column(obs), reward)
-        latent = agent.perceive(latent, action, column(obs), reward, noise=torch.zeros_like(latent))
+        seen, velocity = column(obs), column([true_velocity(env.unwrapped) for env in envs.envs])
+        last = last or agent.begin(seen)  # latent state, action, reward, observation
+        noisy = agent.perceive(seen, *(last if not tape else (tape["noisy"][-1], *last[1:])))
+        latent = agent.perceive(seen, *last, noise=torch.zeros_like(last[0]))
         action = agent.act(latent, "posterior", deterministic)
-        for name, value in (("obs", column(obs)), ("reward", reward), ("latent", latent), ("noisy", noisy),
+        for name, value in (("obs", seen), ("reward", last[2]), ("latent", latent), ("noisy", noisy),
                             ("action", action), ("velocity", velocity), ("alive", column(alive))):
             tape[name].append(value)
         obs, reward, terminated, truncated, _ = envs.step(action.flatten(0, 1).numpy())
-        reward, alive = column(reward), alive & ~(terminated | truncated)
+        last, alive = (latent, action, column(reward), seen), alive & ~(terminated | truncated)
     return {name: torch.stack(values, 1) for name, values in tape.items()}
 
 
@@ -154,15 +153,15 @@ def predict(agent, tape, after, samples):
     `after` ones, foreseen from these and the actions alone: p(z_t|z_{t-1},a_{t-1}) rolled out from z ~ q."""
     wide = lambda name, t: tape[name][:, t].repeat_interleave(samples, 1)  # (trials, episodes * samples, ·)
     episodes, moments = tape["obs"].shape[2], []
-    latent, action, _ = agent.begin(episodes * samples)
+    last = agent.begin(wide("obs", 0))
     for t in range(tape["obs"].shape[1]):
         if t < after:
-            latent = agent.perceive(latent, action, wide("obs", t), wide("reward", t))
+            latent = agent.perceive(wide("obs", t), *last)
         else:
-            latent = VEM.sample(*agent.latent_prior(latent, action))
+            latent = VEM.sample(*agent.latent_prior(*last[:2]))
             percept = agent.percepts.inverse(VEM.sample(*agent.decode(latent)[:2]))[..., :-1]
             moments.append(torch.std_mean(percept.unflatten(1, (episodes, samples)), 2))
-        action = wide("action", t)
+        last = latent, wide("action", t), wide("reward", min(t + 1, tape["obs"].shape[1] - 1)), wide("obs", t)
     std, mean = (torch.stack(values, 1) for values in zip(*moments))
     return mean, std
 
