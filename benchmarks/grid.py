@@ -58,9 +58,10 @@ class Run(NamedTuple):
 def runs_of(args):
     """The runs of the experiment whose name has the text asked for."""
     try:
-        table = tomllib.loads(Path(args.table).read_text())
+        everything = tomllib.loads(Path(args.table).read_text())
     except (OSError, ValueError) as error:
         fail(f"--table {args.table}: {error}")
+    table = {name: part for name, part in everything.items() if isinstance(part, dict)}
     if args.experiment not in table:
         fail(f"{args.experiment}: not an experiment; there are {', '.join(table)}")
     found = []
