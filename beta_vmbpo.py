@@ -41,7 +41,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
 import contextlib
 import ctypes
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -101,7 +101,7 @@ class Args:
     eval_every: Count = 1_000  # environment steps between evaluations
     eval_episodes: Count = 5  # episodes per trial and evaluation
     max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
-    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, and resuming is exact
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
@@ -126,7 +126,7 @@ class Args:
     model_layers: Count = 4  # hidden layers of the dynamics
     model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics
     model_lr_decay: bool = True  # let that rate fall to zero within each fit, linearly
-    variance_weight: Fraction = 0.0  # a prediction counts by its variance to this power; 0.5 to 1 where rewards are rare
+    variance_weight: Fraction = 0.0  # predictions count by their variance to this power; 0.5 to 1 for rare rewards
     fit_every: Count = 250  # environment steps between fits
     epochs: Count = 5  # passes over the data per fit
     min_first_batches: Count = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
@@ -571,7 +571,7 @@ def train(args):
 
 @torch.no_grad()
 def evaluate(agent, envs, args, stop=()):
-    """Metric -> (trials, episodes): deterministic actions, fixed seeds, one episode per environment, or until a signal."""
+    """Metric -> (trials, episodes) of one episode per environment: deterministic actions, fixed seeds."""
     obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
     returns, discounted, lengths = np.zeros((3, envs.num_envs))
     alive = np.ones(envs.num_envs, bool)
@@ -622,13 +622,14 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         rows = read_metrics(args)
         with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
-            np.savetxt(path, rows[rows["step"] <= self.now], "%d,%d,%s,%.6g", header=",".join(rows.dtype.names), comments="")
+            rows, names = rows[rows["step"] <= self.now], ",".join(rows.dtype.names)
+            np.savetxt(path, rows, "%d,%d,%s,%.6g", header=names, comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
         self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
             project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
-        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, steps {self.now:,} to {args.total_steps:,}")
+        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, from step {self.now:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
         self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -817,7 +818,8 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            saved = Args(**{name: values.pop(name) for name in dataclasses.asdict(args)}, **values)  # no key more or less
+            known = {name: values.pop(name) for name in dataclasses.asdict(args)}
+            saved = Args(**known, **values)  # which refuses values of unknown names
             for name, rule in wrong_values(saved):
                 raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
             saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
@@ -856,7 +858,7 @@ def parse_args(argv=None):
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
         have = 1e-9 * torch.cuda.mem_get_info(args.device)[1]
-    if need > have:
+    if need > have and not args.evaluate:
         fail(f"--buffer-size, widths and batches: they ask for {need:,.0f} GB, and {args.device} has {have:,.0f}")
     name = f"{SCRIPT}_s{args.seed}_{datetime.now():%Y%m%d-%H%M%S-%f}"
     args.run_dir = args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}"

@@ -41,7 +41,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
 import contextlib
 import ctypes
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -96,7 +96,7 @@ class Args:
     eval_every: Count = 10_000  # environment steps between evaluations
     eval_episodes: Count = 5  # episodes per trial and evaluation
     max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
-    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, and resuming is exact
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
@@ -133,7 +133,8 @@ class Args:
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
         rows = self.buffer_size + self.updates_per_step * self.batch_size
         samples = self.batch_size * max(self.action_samples, 10)
-        return self.trials * (rows * (2 * obs_dim + action_dim + 2) + 24 * self.hidden_dim * (self.hidden_dim + samples))
+        policy = 24 * self.hidden_dim * (self.hidden_dim + samples)
+        return self.trials * (rows * (2 * obs_dim + action_dim + 2) + policy)
 
 
 class ReplayBuffer:
@@ -391,7 +392,7 @@ def train(args):
 
 @torch.no_grad()
 def evaluate(agent, envs, args, stop=()):
-    """Metric -> (trials, episodes): deterministic actions, fixed seeds, one episode per environment, or until a signal."""
+    """Metric -> (trials, episodes) of one episode per environment: deterministic actions, fixed seeds."""
     obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
     returns, discounted, lengths = np.zeros((3, envs.num_envs))
     alive = np.ones(envs.num_envs, bool)
@@ -442,13 +443,14 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         rows = read_metrics(args)
         with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
-            np.savetxt(path, rows[rows["step"] <= self.now], "%d,%d,%s,%.6g", header=",".join(rows.dtype.names), comments="")
+            rows, names = rows[rows["step"] <= self.now], ",".join(rows.dtype.names)
+            np.savetxt(path, rows, "%d,%d,%s,%.6g", header=names, comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
         self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
             project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
-        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, steps {self.now:,} to {args.total_steps:,}")
+        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, from step {self.now:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
         self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -637,7 +639,8 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            saved = Args(**{name: values.pop(name) for name in dataclasses.asdict(args)}, **values)  # no key more or less
+            known = {name: values.pop(name) for name in dataclasses.asdict(args)}
+            saved = Args(**known, **values)  # which refuses values of unknown names
             for name, rule in wrong_values(saved):
                 raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
             saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
@@ -676,7 +679,7 @@ def parse_args(argv=None):
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
         have = 1e-9 * torch.cuda.mem_get_info(args.device)[1]
-    if need > have:
+    if need > have and not args.evaluate:
         fail(f"--buffer-size, widths and batches: they ask for {need:,.0f} GB, and {args.device} has {have:,.0f}")
     name = f"{SCRIPT}_s{args.seed}_{datetime.now():%Y%m%d-%H%M%S-%f}"
     args.run_dir = args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}"

@@ -46,8 +46,9 @@ def agent_and_buffers(name, **flags):
     columns = [obs, action, one, obs + 0.1, (one > 0.9).float()]
     if name == "active_vem":
         buffer = script.EpisodeBuffer(trials, 100, 3, 2, agent.latent_dim, "cpu")
+        latent = torch.zeros(trials, 1, agent.latent_dim)
         for i in range(60):
-            buffer.add(*(column[:, i : i + 1] for column in columns), agent.begin(1)[0], torch.full((trials, 1, 1), i % 20))
+            buffer.add(*(column[:, i : i + 1] for column in columns), latent, torch.full((trials, 1, 1), i % 20))
         return agent, (buffer,)
     buffers = [script.ReplayBuffer(trials, 100, 3, 2, "cpu") for _ in range(1 if name == "sac_iterative" else 2)]
     for buffer in buffers:
