@@ -61,7 +61,7 @@ def load_script(name):
 
 
 def build(name, **flags):
-    """Module, flags, environments, agent and (empty) replay buffer of a script, as it makes them at the start of a run."""
+    """Module, flags, environments, agent and empty buffer of a script, as it makes them at the start of a run."""
     import torch
 
     script = load_script(name)
@@ -146,7 +146,7 @@ def read(name):
 
 
 def publish(name, rows, draw, size, title=""):
-    """Write the rows (None: they are written already), draw figures/NAME.png from the csv alone, print what `draw` tells."""
+    """Write the rows (None: they are written), draw figures/NAME.png from the csv alone, print what `draw` tells."""
     from matplotlib.figure import Figure
 
     if "/" in name:

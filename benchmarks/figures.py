@@ -1,12 +1,12 @@
 """One figure and one csv from several runs: a panel per task and metric, a line and a band over the trials.
 
-    python benchmarks/figures.py --experiment quick_fig5                     # all runs that `grid.py quick_fig5` has left
+    python benchmarks/figures.py --experiment quick_fig5    # all runs that `grid.py quick_fig5` has left
     python benchmarks/figures.py --name pendulum --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
     python benchmarks/figures.py --experiment fig3b --against steps hours    # labels: a dot for each trial's end
 
-writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an experiment's NAME is
-its own. Runs that share task and label are further trials of one curve, which ends where not all of them go on.
-`--from-csv` draws the figure again from the committed csv, without the runs.
+writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
+experiment's NAME is its own. Runs that share task and label are further trials of one curve, which ends where not all
+of them go on. `--from-csv` draws the figure again from the committed csv, without the runs.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ import tyro
 from common import band, fail, group, labelled, metrics_of, publish, read
 
 LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_error"}
-NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted evaluation return", "model/beta": "β",
+NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted return", "model/beta": "β",
          "model/kl": "KL(q‖p), nats", "model/prior_error": "hold-out error of p", "value/q": "Q",
          "model/posterior_error": "hold-out error of q", "model/optimism_gap": "optimism gap, value units",
          "model/effective_sample_size": "effective sample size of the weights", "policy/entropy": "policy entropy",
          "eval/return_prior": "evaluation return of p(a)", "policy/kl": "KL of the policy to its prior, nats"}
-# Published means and standard deviations. MBPO: Janner et al. (2019), curves as stored by erl_lib, the early points over the
-# last 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
+# Published means and standard deviations. MBPO: Janner et al. (2019), as stored by erl_lib, early points over the last
+# 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
 PUBLISHED = {
     "Hopper-v4": {"MBPO": {10_000: (247, 145), 20_000: (497, 246), 30_000: (641, 209), 50_000: (1646, 793),
                            100_000: (3314, 334), 125_000: (3279, 454)}, "SAC": {125_000: (2792, 627)}},
@@ -55,7 +55,7 @@ class Args:
     reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
     title: str = ""  # above the panels
-    aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials, or interquartile mean and 95 % bootstrap interval
+    aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
     from_csv: bool = False  # draw from the committed csv
 
 
@@ -83,7 +83,8 @@ def collect(args):
         curves = group([row for row in everything if row[2] in args.metrics], 2)
         if "hours" in args.against:
             clock = wall_clock(everything)
-            curves["time/hours"] = [(step, 0, "", clock(step)) for step in sorted({row[0] for row in curves["eval/return"]})]
+            steps = sorted({row[0] for row in curves["eval/return"]})
+            curves["time/hours"] = [(step, 0, "", clock(step)) for step in steps]
         for metric, rows in curves.items():
             steps = sorted({step for step, *_ in rows})
             keep = {*steps[:: max(1, len(steps) // 100)], steps[-1]}

@@ -1,14 +1,15 @@
 """Runs an experiment of experiments.toml, in the order of its table: on this machine, or as Ray tasks on a cluster.
 
-    python benchmarks/grid.py quick                       # two runs at a time, one thread each
-    python benchmarks/grid.py quick --status              # what has been done, and hours to go, from the run directories
+    python benchmarks/grid.py quick             # two runs at a time, one thread each
+    python benchmarks/grid.py quick --status    # what has been done, and hours to go
     python benchmarks/grid.py fig5 --address auto --jobs 20 --gpus-per-run 0.2 --runs-dir /shared/runs
 
-A run is a plain `python SCRIPT.py …` with a directory of its own. Beside it lie its log and, since it last stopped, its
-command, exit code, seconds and commit (RUN_DIR.log, RUN_DIR.json). Ctrl-C, SIGTERM or a lost terminal let all that runs save
-and end; the same command goes on from there, also after a restart of the machine. A run holds a lock on RUN_DIR.lock, which
-its process inherits: two never write to one directory, and a run saves and ends with its parent. To publish, run from a
-`git worktree` of one commit, with --runs-dir outside of it; on a cluster it must be a folder that all nodes share.
+A run is a plain `python SCRIPT.py …` with a directory of its own. Beside it lie its log and, since it last stopped,
+its command, exit code, seconds and commit (RUN_DIR.log, RUN_DIR.json). Ctrl-C, SIGTERM or a lost terminal let all
+that runs save and end; the same command goes on from there, also after a restart of the machine. A run holds a lock
+on RUN_DIR.lock, which its process inherits: two never write to one directory, and a run saves and ends with its
+parent. To publish, run from a `git worktree` of one commit, with --runs-dir outside of it; on a cluster it must be a
+folder that all nodes share.
 """
 
 import ctypes
@@ -131,7 +132,7 @@ def total_steps(run):
 
 
 def print_status(args, runs):
-    """A line per run, and the hours to go at the speed last logged; of runs not begun, at the mean of that of the others."""
+    """A line per run, and the hours to go at the speed last logged; of runs not begun, at that of the others."""
     states = [state(run) for run in runs]
     speeds = [last(run.dir, "time/sps") for run in runs]
     known = [speed for _, speed in filter(None, speeds)]
@@ -143,8 +144,8 @@ def print_status(args, runs):
         hours, unknown = hours + (to_go or 0), unknown + (to_go is None)
         shown = "?" if to_go is None else f"{to_go:.1f}"
         say(f"{now:12} step {step:>9,} of {total or 0:>9,}  return {value:>9.1f}  {shown:>5} h to go  {run.dir}")
-    say(f"{states.count('finished')} of {len(runs)} finished; {hours / args.jobs:.1f} hours to go with {args.jobs} at a time"
-        + f", and {unknown} runs of which nothing is known" * bool(unknown))
+    say(f"{states.count('finished')} of {len(runs)} finished; {hours / args.jobs:.1f} hours to go with {args.jobs} at "
+        f"a time{f', and {unknown} runs of which nothing is known' * bool(unknown)}")
 
 
 # Running
@@ -184,8 +185,8 @@ def attempt(run, threads):
         with open(f"{run.dir}.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *flags, *place], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, pass_fds=[lock.fileno()], preexec_fn=end_with_parent,
-                start_new_session=True)  # Ctrl-C reaches it through `stop` alone
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, pass_fds=[lock.fileno()],
+                preexec_fn=end_with_parent, start_new_session=True)  # Ctrl-C reaches it through `stop` alone
         RUNNING.append(process)
         if STOPPED:  # meanwhile
             process.send_signal(signal.SIGINT)

@@ -236,8 +236,9 @@ class Improvement(OnRun):
             for trial in range(saved.trials):
                 now, prior, first = value[k, trial], value[0, trial], value[1, trial]  # (n,)
                 relative = 100 * (now - prior) / prior.abs()
-                yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters, **moments("return", returns[trial]),
-                       **moments("objective", now), **moments("absolute", now - prior), **moments("relative", relative),
+                yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters,
+                       **moments("return", returns[trial]), **moments("objective", now),
+                       **moments("absolute", now - prior), **moments("relative", relative),
                        "relative_median": relative.median().item(), **moments("from_first", now - first)}
 
     def draw(self, rows, figure):
@@ -450,9 +451,9 @@ class Optimizers(OnRun):
         axes[0].legend(fontsize=8)
 
 
-LEAST = {"iters": 1, "episodes": 1, "states": 1, "samples": 1, "total_steps": 1, "pieces": 1, "adam_steps": 1, "starts": 1,
-         "grid": 2, "population": 2, "elites": 2, "adam_rate": 1e-9, "adam_rates": 1e-9, "distance": 0, "seed": 0, "dims": 0,
-         "trial": 0, "state": 0, "paths": 0}
+LEAST = {"iters": 1, "episodes": 1, "states": 1, "samples": 1, "total_steps": 1, "pieces": 1, "adam_steps": 1,
+         "starts": 1, "grid": 2, "population": 2, "elites": 2, "adam_rate": 1e-9, "adam_rates": 1e-9, "distance": 0,
+         "seed": 0, "dims": 0, "trial": 0, "state": 0, "paths": 0}
 
 
 def main(args):

@@ -187,7 +187,8 @@ def measure(args, label, run):
         mean, std = predict(agent, tape, args.after, args.samples)
         seen, running = tape["obs"][:, args.after :], tape["alive"][:, args.after :].expand_as(mean)
         within = (((seen - mean).abs() <= 2 * std) * running).sum((1, 2, 3)) / running.sum((1, 2, 3))
-        rows += [(label, step, i, "prediction/within", float(value)) for i, value in enumerate(within) if value == value]
+        shares = [(i, float(share)) for i, share in enumerate(within) if share == share]
+        rows += [(label, step, i, "prediction/within", share) for i, share in shares]
         series |= {"prediction/mean": (args.after, along(mean)), "prediction/std": (args.after, along(std))}
     for name, (first, values) in series.items():
         for t, row in enumerate(values[: max(0, alive(trial, episode) - first)], first):
@@ -201,7 +202,8 @@ def measure(args, label, run):
 def columns(rows):
     """Steps (s,) and values (s, trials) of one curve."""
     found = group(rows, "step")
-    return np.array([int(step) for step in found]), np.array([[float(row["value"]) for row in at] for at in found.values()])
+    values = [[float(row["value"]) for row in at] for at in found.values()]
+    return np.array([int(step) for step in found]), np.array(values)
 
 
 def number(rows):

@@ -1,14 +1,14 @@
 """Fig. 4 of the β-VMBPO paper: what a policy does in its own learned dynamics, and what it does in the real ones.
 
-    python benchmarks/grid.py mountain_car                                     # trains; random actions are held at first
+    python benchmarks/grid.py mountain_car                                 # trains
     python benchmarks/mountain_car.py --runs RUN RUN --labels VMBPO β-VMBPO    # writes results/mountain_car*, figures/
     python benchmarks/mountain_car.py --from-csv                               # draws the figure again
 
-Mean trajectories (position, velocity) of the deterministic policy under the true dynamics and under the learned ones that its
-actor and critic were trained in (q of the variational scripts, p of MBPO), as far as half of the episodes go on. Optimism is
-told from mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus V(s') of the real next
-state, from the same states and actions, positive for an optimistic model whatever the policy. The policy's mean standard
-deviation says whether its entropy has collapsed.
+Mean trajectories (position, velocity) of the deterministic policy under the true dynamics and under the learned ones
+that its actor and critic were trained in (q of the variational scripts, p of MBPO), as far as half of the episodes go
+on. Optimism is told from mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus
+V(s') of the real next state, from the same states and actions, positive for an optimistic model whatever the policy.
+The policy's mean standard deviation says whether its entropy has collapsed.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def roll_out(agent, dynamics, trials, episodes, steps=STEPS):
 
 @torch.no_grad()
 def value_gap(agent, paths, n=500):
-    """E[V(s')] under the learned dynamics minus that of the real next state, and the policy's standard deviation: (trials,)."""
+    """E[V(s')] under the learned dynamics minus that of the real next state; the policy's deviation; (trials,) each."""
     rows = [path[~path.isnan().any(-1)] for path in paths.flatten(1, 2)]
     obs = torch.stack([row[torch.randint(len(row), (n,))] for row in rows])
     action = agent.act(obs)
@@ -79,7 +79,7 @@ def value_gap(agent, paths, n=500):
 
 
 def mean_path(path, episodes):
-    """step, position, velocity, episodes alive: the mean of a trial's episodes (episodes, time, 2), thinned after step 200."""
+    """Rows of the mean of a trial's episodes (episodes, time, 2), thinned after step 200."""
     alive = (~path[:, :, 0].isnan()).sum(0).tolist()
     for t, (x, v) in enumerate(path.nanmean(0).tolist()):
         if 2 * alive[t] >= episodes and (t < 200 or t % 20 == 0):
@@ -100,7 +100,8 @@ def measure(args):
                 which = {"label": label, "trial": trial, "dynamics": dynamics}
                 rows += [which | row for row in mean_path(paths[dynamics][trial], args.episodes)]
                 mean, std = returns[trial].mean(), returns[trial].std()
-                summary.append(columns | which | {"return": f"{mean:.4g}", "std": f"{std:.4g}", "goal": f"{reached[trial]:.3g}"})
+                found = {"return": f"{mean:.4g}", "std": f"{std:.4g}", "goal": f"{reached[trial]:.3g}"}
+                summary.append(columns | which | found)
                 say(f"{label}, trial {trial}, {dynamics} dynamics: return {mean:.1f} ± {std:.1f}, "
                     f"the goal in {100 * reached[trial]:.0f} % of {args.episodes} episodes")
         gaps, deviations = value_gap(agent, paths["true"])

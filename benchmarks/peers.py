@@ -1,13 +1,13 @@
-"""What a user would pick instead, as a run directory: agents of Stable-Baselines3 and sb3-contrib, at their own defaults.
+"""What a user would pick instead: agents of Stable-Baselines3 and sb3-contrib at their defaults, as a run directory.
 
     python benchmarks/peers.py --algorithm SAC --env-id Hopper-v4 --total-steps 150_000 --run-dir runs/sb3_hopper
     python benchmarks/peers.py --algorithm RecurrentPPO --env-id benchmarks.tasks:PositionsPendulum-v1
-    python benchmarks/figures.py --name sac_hopper --runs runs/sb3_hopper runs/hopper --labels Stable-Baselines3 "this collection"
+    python benchmarks/figures.py --name sac_hopper --runs runs/sb3_hopper runs/hopper
 
-SAC, TQC and CrossQ learn from step --learning-starts on. SAC then has the settings of `sac_iterative.py --inference direct
---prior uniform --action-samples 1 --batch-size 256`: 2×256, 3e-4, τ 0.005, γ 0.99, one update per step. Evaluation is the
-scripts': deterministic, on the same seeds. A trial has networks and an environment of its own, seeded --seed + trial;
-trials run one after the other. Writes args.json and metrics.csv.
+SAC, TQC and CrossQ learn from step --learning-starts on. SAC then has the settings of `sac_iterative.py --inference
+direct --prior uniform --action-samples 1 --batch-size 256`: 2×256, 3e-4, τ 0.005, γ 0.99, one update per step.
+Evaluation is the scripts': deterministic, on the same seeds. A trial has networks and an environment of its own,
+seeded --seed + trial; trials run one after the other. Writes args.json and metrics.csv.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Args:
     learning_starts: int = 5_000  # uniformly random steps before the first update, as in the scripts
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # per evaluation
-    run_dir: str = ""  # where the run goes; default runs/ENV_ID/peers_sSEED_DATE-TIME
+    run_dir: str = ""  # where the run goes; default runs/ENV_ID/ALGORITHM_sSEED_DATE-TIME
 
 
 def evaluate(model, env, args, trial):
@@ -85,7 +85,8 @@ def train(args, trial, file):
 
 
 def main(args):
-    run = Path(args.run_dir or f"runs/{args.env_id.replace(':', '_')}/peers_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
+    name = f"{args.algorithm}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    run = Path(args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}")
     at_least(args, trials=1, total_steps=1, learning_starts=1, eval_every=1, eval_episodes=1)
     if run.exists():
         fail(f"--run-dir {run}: exists already")

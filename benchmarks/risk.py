@@ -1,16 +1,16 @@
 """A task where risk matters, with networks (RiskyEdge-v0 of tasks.py), and what an agent does there.
 
     python benchmarks/grid.py risk
-    python benchmarks/risk.py --runs RUN RUN --labels "β = 1" "β = 100"        # writes results/risk.csv, figures/risk.png
-    python benchmarks/risk.py --reward-fit                                     # writes results/risk_reward_fit.csv
-    python benchmarks/risk.py --optimum                                        # the risk-neutral optimum, by dynamic programming
+    python benchmarks/risk.py --runs RUN RUN --labels "β = 1" "β = 100"    # writes results/risk.csv, figures/risk.png
+    python benchmarks/risk.py --reward-fit                                 # writes results/risk_reward_fit.csv
+    python benchmarks/risk.py --optimum        # the risk-neutral optimum, by dynamic programming
 
-For every run: the mean return, the mean of the worst tenth, where paths leave, and |x| there, over `--episodes` episodes of the
-deterministic policy. Rewards are −0.1 but for the few that are of the size of 100. A Gaussian likelihood fits the many, with a
-variance at its lower bound, and leaves its mean near the edges where it was. So runs have `--variance-weight 0.5`; `--reward-fit`
-shows why: expected rewards at five places, true and as fitted to random steps with weights 0, 0.5, 1. They also have `--gamma
-0.95`: at 0.99 it costs a hundredth of the prize to put off leaving, less than critics err, and agents that put it off for ever
-came and went from one evaluation to the next.
+For every run: the mean return, the mean of the worst tenth, where paths leave, and |x| there, over `--episodes`
+episodes of the deterministic policy. Rewards are −0.1 but for the few that are of the size of 100. A Gaussian
+likelihood fits the many, with a variance at its lower bound, and leaves its mean near the edges where it was. So runs
+have `--variance-weight 0.5`; `--reward-fit` shows why: expected rewards at five places, true and as fitted to random
+steps with weights 0, 0.5, 1. They also have `--gamma 0.95`: at 0.99 it costs a hundredth of the prize to put off
+leaving, less than critics err, and agents that put it off for ever came and went from one evaluation to the next.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from common import at_least, build, fail, group, labelled, open_run, publish, sa
 from benchmarks.tasks import NOISE, SIZE, STEP_REWARD, exit_reward
 
 EDGES = "left", "right", "top", "bottom"
-PLACES = ((0, 0), (0, 0)), ((0, -6.5), (0, -1)), ((5, -6.5), (0, -1)), ((-5, -6.5), (0, -1)), ((6.5, 0), (1, 0))  # and moves
+PLACES = (  # and moves there
+    ((0, 0), (0, 0)), ((0, -6.5), (0, -1)), ((5, -6.5), (0, -1)), ((-5, -6.5), (0, -1)), ((6.5, 0), (1, 0)))
 
 
 @dataclasses.dataclass
@@ -43,8 +44,9 @@ class Args:
 def optimum(gamma=0.99, cell=0.1, sweeps=400):
     """Risk-neutral optimal value on a grid of the positions, by value iteration; returns axis and values (y, x).
 
-    V(s) = max_a E[r + γ V(s')]: values and exit rewards are blurred with the noise, and the best of the moves within reach
-    is the largest blurred value in a square around s. The grid goes on beyond the box by as far as a move can carry.
+    V(s) = max_a E[r + γ V(s')]: values and exit rewards are blurred with the noise, and the best of the moves within
+    reach is the largest blurred value in a square around s. The grid goes on beyond the box by as far as a move can
+    carry.
     """
     axis = np.arange(-round(11 / cell), round(11 / cell) + 1) * cell
     inside, reach = np.abs(axis) <= SIZE + 1e-9, round(1 / cell)
@@ -81,7 +83,7 @@ def random_rows(steps, hold=5, seed=0):
 
 
 def reward_fit(args):
-    """Rows place, move, weight, reward (expected, after a step) of baselines/mbpo.py's dynamics; weight true: sampled."""
+    """Rows place, move, weight, reward (expected, after a step) of baselines/mbpo.py's dynamics; "true": sampled."""
     data = random_rows(args.steps)
     places, moves = torch.tensor(PLACES, dtype=torch.float32)[None].unbind(-2)
     after = places + moves + NOISE * torch.randn(100_000, *places.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -89,8 +91,9 @@ def reward_fit(args):
     found = {"true": STEP_REWARD + paid.mean(0)}
     for weight in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        *_, agent, buffer = build("mbpo", env_id="RiskyEdge-v0", device="cpu", buffer_size=args.steps, variance_weight=weight,
-                                  min_first_batches=args.batches, max_batches=args.batches, model_dim=100, model_layers=3)
+        *_, agent, buffer = build(
+            "mbpo", env_id="RiskyEdge-v0", device="cpu", buffer_size=args.steps, variance_weight=weight, model_dim=100,
+            model_layers=3, min_first_batches=args.batches, max_batches=args.batches)
         buffer.add(*data[None].split(buffer.widths, -1))
         agent.fit_model(buffer)
         with torch.no_grad():
@@ -162,7 +165,7 @@ def main(args):
             means = {key: np.nanmean([float(row[key]) for row in trials]) for key in [*rows[0]][2:]}
             yield f"{label}: " + "  ".join(f"{key} {value:.3g}" for key, value in means.items())
 
-    return publish("risk", rows, draw, (3.2 * len(walks), 3.6), "paths of 20 episodes per trial (colours); green: what pays")
+    return publish("risk", rows, draw, (3.2 * len(walks), 3.6), "20 episodes per trial (colours); green: what pays")
 
 
 if __name__ == "__main__":

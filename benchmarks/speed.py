@@ -1,6 +1,6 @@
 """What updates, fits, environment steps and memory cost here, and beside other people's: one command per table.
 
-    python benchmarks/speed.py --table sac           # an update of SAC / Stable-Baselines3's, 1 and 2 threads, 1 and 5 trials
+    python benchmarks/speed.py --table sac           # an update of SAC / Stable-Baselines3's; 2 threads, 5 trials
     python benchmarks/speed.py --table fit           # a minibatch of an ensemble's fit / one in mbpo_pytorch's form
     python benchmarks/speed.py --table inference     # an update of iterative inference / Stable-Baselines3's SAC
     python benchmarks/speed.py --table steps         # environment steps of the model-based scripts at their defaults
@@ -8,11 +8,12 @@
     python benchmarks/speed.py --table memory        # peak memory at full buffers
     python benchmarks/speed.py --table growth        # an update and a fit by trials, batch, width and rows
 
-writes benchmarks/results/speed_TABLE.csv. Each contestant, alone in its process, runs a block when told to: A B A B …, never
-two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and most over `--blocks`
-pairs. Peers come at their own defaults, and once more (`same_`) with float32 products as precise as ours. A block is
-`--updates` updates, or a fit of 100 minibatches with all it does beside them, or the environment steps from one fit to the
-next, the fit among them; evaluation and checkpoints are not in it. Stable-Baselines3 takes part where it is installed.
+writes benchmarks/results/speed_TABLE.csv. Each contestant, alone in its process, runs a block when told to: A B A B
+…, never two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and most over
+`--blocks` pairs. Peers come at their own defaults, and once more (`same_`) with float32 products as precise as ours.
+A block is `--updates` updates, or a fit of 100 minibatches with all it does beside them, or the environment steps
+from one fit to the next, the fit among them; evaluation and checkpoints are not in it. Stable-Baselines3 takes part
+where it is installed.
 """
 
 import dataclasses
@@ -38,11 +39,12 @@ from common import at_least, build, commit, fail, load_script, say, write
 from torch import nn
 
 TASK = "HalfCheetah-v4"  # 17 observations, 6 actions
-SAC = {"inference": "direct", "prior": "uniform", "action_samples": 1, "batch_size": 256}  # what makes sac_iterative.py SAC
+SAC = {"inference": "direct", "prior": "uniform", "action_samples": 1, "batch_size": 256}  # which is SAC
 FULL = {"min_first_batches": 5, "min_batches": 5, "max_batches": 5, "fit_every": 1}  # memory does not ask for more
 HUNDRED = {"min_first_batches": 100, "min_batches": 100, "max_batches": 100}  # minibatches of a fit
-TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400, "windows": 2,
-        "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2, "max_batches": 2}  # for --quick
+TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400,
+        "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2, "max_batches": 2,
+        "windows": 2}  # of --quick
 
 
 @dataclasses.dataclass
@@ -88,7 +90,8 @@ def rows_of(table):
     if table == "sac":
         for trials, threads in ((1, 1), (1, 2), (5, 1)):
             name = f"SAC update, {trials} trial(s), {threads} thread(s)"
-            yield name, update("sac_iterative", threads=threads, trials=trials, **SAC), Contestant("sb3", threads=threads)
+            own = update("sac_iterative", threads=threads, trials=trials, **SAC)
+            yield name, own, Contestant("sb3", threads=threads)
     if table == "fit":
         yield "minibatch of a fit", fit(), Contestant("mbpo_pytorch", calls=100)
     if table == "inference":
@@ -107,7 +110,7 @@ def rows_of(table):
         for script in ("mbpo", "vmbpo", "beta_vmbpo"):
             yield f"{script}, full buffers", steps(script, 0, 4, env_id="Walker2d-v4", **FULL), None
     if table == "growth":
-        for name, values in {"trials": (1, 2, 5, 10), "batch_size": (64, 256, 1024), "hidden_dim": (256, 512, 1024)}.items():
+        for name, values in (("trials", (1, 2, 5, 10)), ("batch_size", (64, 256, 1024)), ("hidden_dim", (256, 512))):
             for value in values:
                 yield f"SAC update, {name} {value}", update("sac_iterative", **SAC | {name: value}), None
         for rows in (10_000, 100_000, 1_000_000):
@@ -120,7 +123,7 @@ def rows_of(table):
 
 
 def fill(buffer, n):
-    """n random transitions per trial, none of which ends its episode; active_vem.py's count the steps of episodes of 200."""
+    """n random transitions per trial, none of which ends its episode; active_vem.py's are in episodes of 200."""
     for start in range(0, n, 10_000):  # full buffers leave no room for copies
         place = torch.arange(start, min(start + 10_000, n))
         columns = [torch.randn(len(buffer.storage), len(place), width) for width in buffer.widths]
@@ -296,8 +299,8 @@ def spread(values, name):
 
 def measure(args, own, peer):
     """Columns of one row."""
-    found = dict.fromkeys(("peer_ms", "ratio", "ratio_low", "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low",
-                           "same_ratio_high"), "")
+    columns = "peer_ms", "ratio", "ratio_low", "ratio_high"
+    found = dict.fromkeys((*columns, *(f"same_{column}" for column in columns)), "")
     with ExitStack() as stack:
         process, times, variants = Process(own, stack), [], ()
         if own.kind != "steps":  # which begin with a fit, and are long
@@ -343,8 +346,8 @@ def measure_table(args):
             contestant.device = args.device
             if args.quick:
                 contestant.rows, contestant.calls = min(contestant.rows, 300), min(contestant.calls, 2)
-        row = measure(args, own, peer)
-        row = {"table": args.table, "row": name, "threads": own.threads, "blocks": args.blocks} | row | place(args.device)
+        row = {"table": args.table, "row": name, "threads": own.threads, "blocks": args.blocks}
+        row |= measure(args, own, peer) | place(args.device)
         say("  ".join(f"{key} {value}" for key, value in row.items() if value != ""))
         yield row
 

@@ -5,9 +5,9 @@
     PositionsTASK      the task without its velocities, as `active_vem.py --mask velocity` sees it
     StackedTASK        the same, its last four observations side by side: what an agent without memory can have
 
-The risky edge: s' = s + a + N(0, 0.5²) in the box [-7, 7]², −0.1 per step, 100 steps from the centre. Leaving to the left, right
-or top costs 100; leaving at the bottom pays 100 |x| / 7: the most in the corners, a step away from what costs most. An
-optimist goes for the corner, a cautious agent leaves where it pays less.
+The risky edge: s' = s + a + N(0, 0.5²) in the box [-7, 7]², −0.1 per step, 100 steps from the centre. Leaving to the
+left, right or top costs 100; leaving at the bottom pays 100 |x| / 7: the most in the corners, a step away from what
+costs most. An optimist goes for the corner, a cautious agent leaves where it pays less.
 """
 
 import gymnasium as gym

@@ -25,8 +25,8 @@ def here(tmp_path, monkeypatch):
     for folder in ("results", "figures", "one", "two"):
         (tmp_path / folder).mkdir()
     for index, run in enumerate(("one", "two")):
-        rows = [f"{step},{trial},{metric},{step + trial + 1000 * index}" for step in range(10, 3010, 10) for trial in (0, 1)
-                for metric in ("eval/return", "model/kl", "loss/critic")]
+        rows = [f"{step},{trial},{metric},{step + trial + 1000 * index}" for step in range(10, 3010, 10)
+                for trial in (0, 1) for metric in ("eval/return", "model/kl", "loss/critic")]
         rows += [f"{step},-1,time/sps,{50 * (1 + index)}" for step in range(10, 3010, 10)]
         (tmp_path / run / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(rows) + "\n")
     monkeypatch.setattr(common, "OUT", tmp_path)
@@ -61,9 +61,9 @@ def test_a_table_that_is_cut_short_leaves_the_old_one(here):
 def test_a_run_is_opened_as_it_was_trained(tmp_path):
     """The same evaluation as the script's own, at the end of a short run; what is no run is refused."""
     script = load_script("beta_vmbpo")
-    flags = ("--env-id InvertedPendulum-v4 --trials 2 --total-steps 60 --learning-starts 40 --eval-episodes 2 --eval-every 60 "
-             "--hidden-dim 8 --model-dim 8 --rollouts 50 --model-buffer-size 100 --updates-per-step 1 --min-first-batches 2 "
-             "--min-batches 2 --batch-size 8 --device cpu --max-eval-steps 50 --run-dir run")
+    flags = ("--env-id InvertedPendulum-v4 --trials 2 --total-steps 60 --learning-starts 40 --eval-episodes 2 "
+             "--eval-every 60 --hidden-dim 8 --model-dim 8 --rollouts 50 --model-buffer-size 100 --updates-per-step 1 "
+             "--min-first-batches 2 --min-batches 2 --batch-size 8 --device cpu --max-eval-steps 50 --run-dir run")
     script.main(flags.split())
     agent, args, buffer, step = common.open_run("run", eval_episodes=1)
     assert step == 60 and args.trials == 2 and args.eval_episodes == 1 and buffer.rows().shape[1] == 60
@@ -74,7 +74,8 @@ def test_a_run_is_opened_as_it_was_trained(tmp_path):
 
 
 def test_say_goes_on_when_nobody_listens():
-    code = f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import common\nfor i in range(99999): common.say(i)\nsys.stderr.write('end')"
+    code = (f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import common\n"
+            "for i in range(99999): common.say(i)\nsys.stderr.write('end')")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
@@ -94,9 +95,10 @@ def test_figure_and_thinned_csv(here, capsys):
     assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), **flags)) == 0
     rows = common.read("made_up")
     steps = {int(row["step"]) for row in rows}
-    assert {row["metric"] for row in rows} == {"eval/return", "model/kl"} and {row["label"] for row in rows} == {"A", "B"}
-    assert len(steps) <= 101 and {10, 3000} <= steps
-    assert all(float(row["value"]) == int(row["step"]) + int(row["trial"]) + 1000 * (row["label"] == "B") for row in rows)
+    assert {row["metric"] for row in rows} == {"eval/return", "model/kl"}
+    assert len(steps) <= 101 and {10, 3000} <= steps and {row["label"] for row in rows} == {"A", "B"}
+    for row in rows:
+        assert float(row["value"]) == int(row["step"]) + int(row["trial"]) + 1000 * (row["label"] == "B")
     assert "A: return at step 3000: 3000.5 ± 0.5 (3000, 3001)" in capsys.readouterr().out
     picture = (here / "figures/made_up.png").read_bytes()
     (here / "figures/made_up.png").unlink()
@@ -121,16 +123,18 @@ def test_against_hours_and_labels(here, drawn):
 
 
 def test_wall_clock_is_the_sum_of_the_intervals():
-    rows = [(100, -1, "time/sps", 50.0), (100, 0, "eval/return", 1.0), (200, -1, "time/sps", 25.0), (300, -1, "time/sps", 100.0)]
-    hours = FIGURES.wall_clock(rows)
+    rows = [(100, -1, "time/sps", 50.0), (100, 0, "eval/return", 1.0), (200, -1, "time/sps", 25.0)]
+    hours = FIGURES.wall_clock([*rows, (300, -1, "time/sps", 100.0)])
     seconds = {0: 0, 50: 1, 100: 2, 150: 4, 200: 6, 300: 7, 350: 7.5}
     assert {step: 3600 * hours(step) for step in seconds} == pytest.approx(seconds)
 
 
 def test_figure_of_an_experiment(here, drawn, monkeypatch):
-    """A panel per task, published points where there are any; runs that share task and label are trials of one curve."""
-    (here / "experiments.toml").write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\nseeds = [1, 2]\n[made_up.runs]\n"x y" = "s.py"\n"β" = "s.py"\n')
-    monkeypatch.setattr(FIGURES.grid, "Args", functools.partial(FIGURES.grid.Args, table=str(here / "experiments.toml")))
+    """A panel per task, published points where there are any; runs of one task and label are trials of one curve."""
+    table = here / "experiments.toml"
+    table.write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\nseeds = [1, 2]\n'
+                     '[made_up.runs]\n"x y" = "s.py"\n"β" = "s.py"\n')
+    monkeypatch.setattr(FIGURES.grid, "Args", functools.partial(FIGURES.grid.Args, table=str(table)))
     for env in ("Hopper-v4", "b/B-v0"):
         for run in ("x_y_s1", "x_y_s2", "β_s1"):
             place = here / "runs/made_up" / env.replace("/", "_") / run
@@ -156,7 +160,8 @@ def test_figure_of_an_experiment(here, drawn, monkeypatch):
     ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs nowhere"), ({"from_csv": True}, "--from-csv"),
     ({"name": "", "runs": ("one",)}, "--name"), ({"runs": ("one",), "labels": ("A", "B")}, "--labels"),
     ({"experiment": "fig5"}, "--runs-dir"), ({"experiment": "nothing"}, "nothing: not an experiment"),
-    ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"), ({"runs": ("one",), "metrics": ("none",)}, "--metrics none"),
+    ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"),
+    ({"runs": ("one",), "metrics": ("none",)}, "--metrics none"),
     ({"runs": ("one",), "name": "a/b"}, "a/b"),
 ], ids=str)
 def test_figures_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
@@ -188,7 +193,7 @@ def test_committed_tables_draw(here, name):
 
 
 def test_noise_reaches_the_dynamics_and_follows_the_seed():
-    """The same actions from the same state: the states scatter as actions with noise of 0.3 of their half-width would."""
+    """The same action from the same state: next states scatter as actions with noise of 0.3 of their range would."""
     def after(seed, steps=1):
         env = gym.make("NoisyInvertedPendulum-v4")  # actions from -3 to 3
         env.reset(seed=seed)
@@ -243,7 +248,8 @@ def test_the_scripts_find_the_tasks(monkeypatch, task):
 
 
 @pytest.mark.parametrize("flags, named", [
-    ({"run_dir": "one"}, "--run-dir one"), ({"env_id": "Nothing-v1"}, "--env-id Nothing-v1"), ({"eval_every": 0}, "--eval-every 0"),
+    ({"run_dir": "one"}, "--run-dir one"), ({"env_id": "Nothing-v1"}, "--env-id Nothing-v1"),
+    ({"eval_every": 0}, "--eval-every 0"),
 ], ids=str)
 def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(here)
@@ -255,7 +261,8 @@ def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
 
 @pytest.mark.skipif(not importlib.util.find_spec("stable_baselines3"), reason="see benchmarks/requirements.txt")
 def test_peers_leave_a_run(here):
-    args = PEERS.Args(env_id="Pendulum-v1", trials=2, total_steps=60, learning_starts=40, eval_every=30, eval_episodes=1, run_dir="run")
+    args = PEERS.Args(env_id="Pendulum-v1", trials=2, total_steps=60, learning_starts=40, eval_every=30,
+                      eval_episodes=1, run_dir="run")
     assert PEERS.main(args) == 0
     rows = [row for row in common.metrics_of("run") if row[2] == "eval/return"]
     assert [row[:2] for row in rows] == [(30, 0), (60, 0), (30, 1), (60, 1)] and len({row[3] for row in rows}) == 4

@@ -1,4 +1,4 @@
-"""benchmarks/grid.py with a made-up script; the two-node test runs where Ray is installed (benchmarks/requirements.txt)."""
+"""benchmarks/grid.py with a made-up script; the two-node test where Ray is installed (benchmarks/requirements.txt)."""
 
 import dataclasses
 import fcntl
@@ -87,8 +87,9 @@ def wait_until(condition, seconds=60):
 
 def command_line(args, *flags):
     """The grid in a process of its own."""
-    command = [sys.executable, ROOT / "benchmarks/grid.py", args.experiment, "--table", args.table, "--runs-dir", args.runs_dir]
-    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, ROOT / "benchmarks/grid.py", args.experiment, "--table", args.table]
+    command += ["--runs-dir", args.runs_dir, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def change(args, old, new):
@@ -100,7 +101,8 @@ def change(args, old, new):
 
 def test_every_run_of_the_table_in_its_order(args):
     runs = GRID.runs_of(args)
-    assert len(runs) == 8 == len({run.dir for run in runs}) and [run.label for run in runs[:4]] == ["one", "one", "β = 2", "β = 2"]
+    assert len(runs) == 8 == len({run.dir for run in runs})
+    assert [run.label for run in runs[:4]] == ["one", "one", "β = 2", "β = 2"]
     command = named(args, "made_up/b_B-v0/β_=_2_s2").command
     assert command[1:] == "--env-id b/B-v0 --seed 2 --total-steps 12 --pause 0 --total-steps 7 --die-at 8".split()
     assert GRID.total_steps(named(args, "b_B-v0/one_s1")) == 7
@@ -108,8 +110,8 @@ def test_every_run_of_the_table_in_its_order(args):
 
 def test_an_experiment_of_parts_is_their_runs(args, tmp_path):
     """In the directories that the parts use, so that nothing is trained twice."""
-    other = f'[other]\nenvs = ["A-v0"]\n[other.runs]\n"one" = "{tmp_path}/script.py"\n[both]\nparts = ["other", "made_up"]\n'
-    change(args, "[made_up]\n", other + "[made_up]\n")
+    other = f'[other]\nenvs = ["A-v0"]\n[other.runs]\n"one" = "{tmp_path}/script.py"\n'
+    change(args, "[made_up]\n", other + '[both]\nparts = ["other", "made_up"]\n[made_up]\n')
     parts = [GRID.runs_of(dataclasses.replace(args, experiment=name)) for name in ("other", "made_up")]
     assert GRID.runs_of(dataclasses.replace(args, experiment="both")) == parts[0] + parts[1] and len(parts[0]) == 1
 
@@ -168,7 +170,8 @@ def test_a_script_that_a_signal_ended_has_not_finished(args):
     run = named(args, "A-v0/one_s1")
     process = command_line(args, "--only", "A-v0/one_s1", "--retries", "0")
     wait_until(lambda: GRID.last(run.dir))
-    pid, = [pid for pid in os.listdir("/proc") if pid.isdigit() and str(run.dir).encode() in read_bytes(f"/proc/{pid}/cmdline")]
+    pids = [pid for pid in os.listdir("/proc") if pid.isdigit()]
+    pid, = [pid for pid in pids if str(run.dir).encode() in read_bytes(f"/proc/{pid}/cmdline")]
     os.kill(int(pid), signal.SIGTERM)
     assert process.wait(60) == 1 and GRID.state(run) == "interrupted" and "failed with code -1" in process.stdout.read()
     assert GRID.train(run, 1, 0) == 0 and steps(run.dir) == [*range(1, 13)]
@@ -198,7 +201,7 @@ def test_a_signal_lets_all_runs_save_and_end_and_the_same_command_goes_on(args, 
 
 
 def test_two_never_write_to_one_directory(args):
-    """While a process holds the lock the status says so; a training process inherits it, and saves and ends with its parent."""
+    """While a process holds the lock the status says so; a run inherits it, and saves and ends with its parent."""
     run = named(args, "A-v0/one_s1")
     run.dir.parent.mkdir(parents=True)
     with open(f"{run.dir}.lock", "w") as lock:
@@ -231,7 +234,8 @@ def test_status(args, capsys):
     rows = (first.dir / "metrics.csv").read_text().splitlines()
     (first.dir / "metrics.csv").write_text("\n".join(rows[:11]) + "\n")
     assert [GRID.state(run) for run in (first, second)] == ["interrupted", "absent"]
-    GRID.print_status(dataclasses.replace(args, jobs=1), [first._replace(command=[*first.command, "--total-steps", "3605"]), second])
+    longer = first._replace(command=[*first.command, "--total-steps", "3605"])
+    GRID.print_status(dataclasses.replace(args, jobs=1), [longer, second])
     to_go, unknown, total = capsys.readouterr().out.splitlines()  # at half a step per second
     assert " 2.0 h to go" in to_go and " 0.0 h to go" in unknown and "2.0 hours to go with 1 at a time" in total
 
@@ -239,8 +243,10 @@ def test_status(args, capsys):
 @pytest.mark.parametrize("changed, table, named", [
     ({"experiment": "nothing"}, "", "nothing: not an experiment"), ({"only": "nowhere"}, "", "--only"),
     ({"table": "none.toml"}, "", "--table"), ({"retries": -1}, "", "--retries"), ({"jobs": 0}, "", "--jobs"),
-    ({"experiment": "half"}, "[half]\nenvs = []", "[half] needs"), ({"experiment": "half"}, "[half]\nparts = ['none']", "[none] needs"),
-    ({"experiment": "half"}, "[half]\nenvs = []\nruns = 3", "[half] needs"), ({"experiment": "half"}, "half", "--table"),
+    ({"experiment": "half"}, "[half]\nenvs = []", "[half] needs"),
+    ({"experiment": "half"}, "[half]\nparts = ['none']", "[none] needs"),
+    ({"experiment": "half"}, "[half]\nenvs = []\nruns = 3", "[half] needs"),
+    ({"experiment": "half"}, "half", "--table"),
 ], ids=str)
 def test_refuses_in_one_line(args, capsys, changed, table, named):
     with open(args.table, "a") as file:

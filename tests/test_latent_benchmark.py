@@ -177,8 +177,9 @@ def here(tmp_path, monkeypatch):
 
 
 def trained(agent):
-    VEM.main(f"--run-dir {agent} --agent {agent} --env-id DoubleIntegrator-v0 --trials 2 --total-steps 60 --learning-starts 50 "
-             "--eval-episodes 1 --eval-every 60 --hidden-dim 8 --model-dim 8 --windows 2 --window-length 3 --device cpu".split())
+    VEM.main(f"--run-dir {agent} --agent {agent} --env-id DoubleIntegrator-v0 --trials 2 --total-steps 60 "
+             "--learning-starts 50 --eval-episodes 1 --eval-every 60 --hidden-dim 8 --model-dim 8 --windows 2 "
+             "--window-length 3 --device cpu".split())
     return agent
 
 
@@ -188,25 +189,31 @@ def test_velocity(here, capsys):
     assert LATENT.main(LATENT.Args(runs=runs, episodes=4, samples=4)) == 0
     assert "generative: R² of the velocity from the mean of z" in capsys.readouterr().out
     rows = common.read("latent_velocity")
-    assert [*rows[0]] == ["label", "step", "trial", "metric", "value"] and all(math.isfinite(float(row["value"])) for row in rows)
+    assert [*rows[0]] == ["label", "step", "trial", "metric", "value"]
+    assert all(math.isfinite(float(row["value"])) for row in rows)
     metrics = {label: {row["metric"] for row in rows if row["label"] == label} for label in runs}
     assert {*LATENT.SOURCES, "velocity/true_0", "velocity/decoded_0", "prediction/true_0"} <= metrics["memoryless"]
-    assert metrics["generative"] - metrics["memoryless"] == {"prediction/mean_0", "prediction/std_0", "prediction/within"}
-    picture = (here / "figures/latent_velocity.png").read_bytes()
-    assert LATENT.main(LATENT.Args(from_csv=True)) == 0 and (here / "figures/latent_velocity.png").read_bytes() == picture
+    foreseen = {"prediction/mean_0", "prediction/std_0", "prediction/within"}
+    assert metrics["generative"] - metrics["memoryless"] == foreseen
+    picture = here / "figures/latent_velocity.png"
+    drawn = picture.read_bytes()
+    assert LATENT.main(LATENT.Args(from_csv=True)) == 0 and picture.read_bytes() == drawn
 
 
 def test_controllers(here):
     assert LATENT.main(LATENT.Args(controllers=True, seeds=50)) == 0
     rows = {row["controller"]: row for row in common.read("latent_controllers")}
     assert [*rows] == ["LQR", "LQG", "zero action", "random"]
-    assert float(rows["LQR"]["return"]) == pytest.approx(LATENT.simulate("LQR", 10_001 + np.arange(50)).mean(), rel=1e-5)
-    assert float(rows["LQG"]["without_limit"]) == pytest.approx(LATENT.lqg()[3], rel=1e-5) and not rows["random"]["without_limit"]
+    returns = LATENT.simulate("LQR", 10_001 + np.arange(50))
+    assert float(rows["LQR"]["return"]) == pytest.approx(returns.mean(), rel=1e-5)
+    assert float(rows["LQG"]["without_limit"]) == pytest.approx(LATENT.lqg()[3], rel=1e-5)
+    assert not rows["random"]["without_limit"]
 
 
 @pytest.mark.parametrize("flags, named", [
     ({"runs": ("nowhere",)}, "--runs nowhere"), ({}, "--runs"), ({"runs": ("a", "b"), "labels": ("a",)}, "--labels"),
-    ({"episodes": 1}, "--episodes 1"), ({"controllers": True, "seeds": 1}, "--seeds 1"), ({"from_csv": True}, "--from-csv"),
+    ({"episodes": 1}, "--episodes 1"), ({"controllers": True, "seeds": 1}, "--seeds 1"),
+    ({"from_csv": True}, "--from-csv"),
     ({"from_csv": True, "out": "a/b"}, "a/b"),
 ], ids=str)
 def test_refuses_in_one_line(here, capsys, flags, named):

@@ -1,4 +1,4 @@
-"""benchmarks/risk.py: the task's numbers, its optimum against a simulation of the policy it implies, the analysis of a run."""
+"""benchmarks/risk.py: the task's numbers, its optimum against a simulation of its policy, the analysis of a run."""
 
 import math
 import sys
@@ -105,6 +105,6 @@ def test_reward_fit(here):
     rows = common.read("risk_reward_fit")
     rewards = {(row["weight"], float(row["x"]), float(row["y"])): float(row["reward"]) for row in rows}
     assert len(rows) == 4 * len(RISK.PLACES) and {row["weight"] for row in rows} == {"true", "0", "0.5", "1"}
-    beyond = 0.5 * (1 + math.erf(1 / 2**0.5))  # a move by 1 towards an edge half a step away, noise 0.5: one deviation beyond
+    beyond = 0.5 * (1 + math.erf(1 / 2**0.5))  # a move by 1 towards an edge half a step away ends one deviation beyond
     assert rewards["true", 6.5, 0] == pytest.approx(-100 * beyond - 0.1, abs=1) and rewards["true", 0, 0] == -0.1
     assert rewards["true", 5, -6.5] == pytest.approx(rewards["true", -5, -6.5], abs=1)

@@ -13,9 +13,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import common
 import speed as SPEED
 
-COLUMNS = ["table", "row", "threads", "blocks", "ms", "ms_low", "ms_high", "per_second", "peer_ms", "ratio", "ratio_low",
-           "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low", "same_ratio_high", "peak_mb", "precision", "device",
-           "torch", "machine", "date", "commit"]
+COLUMNS = ["table", "row", "threads", "blocks", "ms", "ms_low", "ms_high", "per_second", "peer_ms", "ratio",
+           "ratio_low", "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low", "same_ratio_high", "peak_mb",
+           "precision", "device", "torch", "machine", "date", "commit"]
 SMALL = {key: value for key, value in SPEED.TINY.items() if not key.startswith("window")}
 
 
@@ -127,7 +127,8 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
     assert order[2:8] == ["update default", "mbpo_pytorch highest"] * 3
     assert order[9:] == ["update default", "mbpo_pytorch medium"] * 3
     ratios = [(3 + 2 * i) / (2 * (4 + 2 * i)) for i in (0.5, 1.5, 2.5)]
-    assert [float(row[name]) for name in ("ratio_low", "ratio", "ratio_high")] == pytest.approx(sorted(ratios), rel=1e-3)
+    found = [float(row[name]) for name in ("ratio_low", "ratio", "ratio_high")]
+    assert found == pytest.approx(sorted(ratios), rel=1e-3)
     assert float(row["same_ratio"]) < 0.5 and row["precision"] == "medium"
 
 
@@ -136,8 +137,8 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
 def test_tables_in_processes_of_their_own(out, table, only, peer):
     """In the precision asked for; without a peer its columns are empty."""
     precision = "medium" if table == "fit" else "default"
-    args = SPEED.Args(table=table, only=only, quick=True, blocks=2, updates=2, matmul_precision=precision, out_dir=str(out))
-    assert SPEED.main(args) == 0
+    sizes = {"quick": True, "blocks": 2, "updates": 2, "out_dir": str(out)}
+    assert SPEED.main(SPEED.Args(table=table, only=only, matmul_precision=precision, **sizes)) == 0
     row, = common.read(f"speed_{table}")
     assert [*row] == COLUMNS and row["precision"] == ("medium" if table == "fit" else "highest")  # as the process says
     numbers = ["ms", "ms_low", "ms_high", "per_second", "peak_mb", *(COLUMNS[8:16] if peer else [])]
@@ -148,7 +149,8 @@ def test_tables_in_processes_of_their_own(out, table, only, peer):
 
 def test_every_row_has_flags_that_its_script_accepts():
     """And a name of its own."""
-    names = [(table, *row) for table in ("sac", "fit", "inference", "steps", "latent", "memory", "growth") for row in SPEED.rows_of(table)]
+    tables = "sac", "fit", "inference", "steps", "latent", "memory", "growth"
+    names = [(table, *row) for table in tables for row in SPEED.rows_of(table)]
     assert len({(table, name) for table, name, *_ in names}) == len(names) > 30
     for _, _, own, peer in names:
         script = load_script({"mbpo": "baselines/mbpo"}.get(own.script, own.script))
@@ -176,5 +178,5 @@ def test_a_process_that_fails_ends_the_table(tmp_path):
             f"    speed.TINY['batch_size'] = -1\n    speed.main(speed.Args(table='fit', quick=True, out_dir='out'))")
     (tmp_path / "script.py").write_text(code)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "script.py: error: fit mbpo: RuntimeError" in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 1 and "script.py: error: fit mbpo: RuntimeError" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out/results/speed_fit.csv").exists()
