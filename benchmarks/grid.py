@@ -243,7 +243,8 @@ def main(args):
     waiting = [run for run in runs if state(run) != "finished"]
     say(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already")
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup wants it to go on
+            signal.signal(signum, stop)
     failed, left = 0, len(waiting)
     with ThreadPoolExecutor(args.jobs) as pool:
         tasks = {pool.submit(begin, run, args.cpus_per_run, args.retries): run for run in waiting}

@@ -200,6 +200,18 @@ def test_a_signal_lets_all_runs_save_and_end_and_the_same_command_goes_on(args, 
     assert [steps(run.dir)[-1] for run in runs] == [12, 12, 7, 7] and {GRID.state(run) for run in runs} == {"finished"}
 
 
+def test_under_nohup_a_lost_terminal_stops_nothing(args):
+    change(args, "--pause 0", "--pause 0.1")
+    run, before = named(args, "b_B-v0/one_s1"), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = command_line(args, "--only", "b_B-v0/one_s1")  # inherits it
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: GRID.last(run.dir))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0 and GRID.state(run) == "finished"
+
+
 def test_two_never_write_to_one_directory(args):
     """While a process holds the lock the status says so; a run inherits it, and saves and ends with its parent."""
     run = named(args, "A-v0/one_s1")
