@@ -71,6 +71,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # factor on the dynamics' learning rate by the share of a fit that is done
+POSTERIOR_START = 0.5  # share of a fit that p learns alone
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 EXPONENT_MAX = 4.0  # Appendix C.1
 BETA_MIN, BETA_MAX = 1e-2, 1e7  # Appendix C.4
@@ -433,13 +434,14 @@ class Agent(nn.Module):
                 self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
 
         prior_step, joint_step = captured(partial(step, False), args), captured(partial(step, True), args)
-        two_phase = args.fit_rule == "two_phase"
         for i in range(batches):
-            if two_phase:
-                rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
-            if two_phase and i == batches // 2:
+            if args.fit_rule == "constant":
+                joint_step()
+                continue
+            rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
+            if i == int(POSTERIOR_START * batches):
                 self.start_posterior()
-            if two_phase and i < batches // 2:
+            if i < int(POSTERIOR_START * batches):
                 prior_step()
             else:
                 joint_step()

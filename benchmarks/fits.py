@@ -1,0 +1,160 @@
+"""Which rule for refitting the dynamics is exact, never breaks, and leaves a KL(q‖p) that is the tilt alone.
+
+    python benchmarks/fits.py                       # records, refits, writes results/fits.csv, draws figures/fits.png
+    python benchmarks/fits.py --tasks InvertedPendulum-v4 toy --refits 10
+    python benchmarks/fits.py --from-csv
+
+Each task is recorded once: random actions, then the last 5,000 steps of a soft actor-critic (`beta_vmbpo.py
+--real-ratio 1`), so that the data shift. The toy is smooth and without noise. The dynamics of `beta_vmbpo.py` are then
+refitted as 250 rows at a time are added, by its own `fit_model` under each rule. The last fit is made once for every β,
+with the recorded critic, and then three times more on the same rows.
+"""
+
+import copy
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+from common import ROOT, at_least, build, group, load_script, open_run, publish, write
+
+BETAS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+# Rule -> shares of a fit, factors on the rate at them, share at which q starts at p, Adam's β₂.
+RULES = {
+    "two phases": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.95),
+    "two phases, β₂ = 0.999": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.999),
+    "linear to 0, β₂ = 0.999": ((0, 1), (1, 0), 0, 0.999),
+    "linear to 0, β₂ = 0.99": ((0, 1), (1, 0), 0, 0.99),
+    "last fifth, β₂ = 0.99": ((0, 0.8, 1), (1, 1, 0), 0, 0.99),
+    "constant, β₂ = 0.999": ((0, 1), (1, 1), 0, 0.999),
+}
+QUICK = {"hidden_dim": 128, "model_dim": 100, "model_layers": 3}
+RECORDINGS = {"InvertedPendulum-v4": QUICK | {"learning_starts": 500, "total_steps": 5_500, "updates_per_step": 3},
+              "Hopper-v4": {"total_steps": 30_000, "updates_per_step": 1},
+              "HalfCheetah-v4": {"total_steps": 30_000, "updates_per_step": 1}}
+
+
+@dataclasses.dataclass
+class Args:
+    tasks: tuple[str, ...] = (*RECORDINGS, "toy")  # what to refit on
+    rules: tuple[str, ...] = tuple(RULES)  # how
+    refits: int = 20  # fits per rule, each with 250 rows more
+    seed: int = 1  # of recordings, networks and minibatches
+    runs_dir: str = "runs/fits"  # where recordings are kept
+    from_csv: bool = False  # draw results/fits.csv again
+
+
+def record(task, args):
+    """Rows (1, n, row): those of random actions, then the trained agent's last 5,000; the run they are from."""
+    run, flags = Path(args.runs_dir, task), RECORDINGS[task]
+    if not (run / "checkpoint.pt").exists():
+        flags = flags | {"env_id": task, "seed": args.seed, "run_dir": run, "rollouts": 100, "real_ratio": 1.0,
+                         "fit_every": 10**8, "eval_every": flags["total_steps"]}
+        command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        subprocess.run([sys.executable, ROOT / "beta_vmbpo.py", *command], check=True)
+    _, _, buffer, _ = open_run(run)
+    rows = buffer.rows()
+    starts = flags.get("learning_starts", 5_000)
+    return torch.cat([rows[:, :starts], rows[:, starts:][:, -5_000:]], 1), starts, run
+
+
+def toy():
+    """s' = s + 0.1 sin(s, swapped) a, without noise."""
+    obs, action, zero = torch.randn(1, 6_000, 2), 2 * torch.rand(1, 6_000, 1) - 1, torch.zeros(1, 6_000, 1)
+    return torch.cat([obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero, zero], -1), 1_000
+
+
+def make(task, args, beta2):
+    """A fresh agent with the recorded actor and critics, an empty buffer, the rows to come and how many come first."""
+    torch.manual_seed(args.seed)
+    if task == "toy":
+        rows, starts = toy()
+        script, agent_args = load_script("beta_vmbpo"), QUICK | {"batch_size": 64, "max_batches": 200, "device": "cpu"}
+        agent = script.Agent(script.Args(**agent_args), 2, 1)
+        agent.value = lambda obs: 10 * obs.sum(-1, keepdim=True)
+        buffer = script.ReplayBuffer(1, rows.shape[1], 2, 1, "cpu")
+    else:
+        rows, starts, run = record(task, args)
+        trained, trained_args, *_ = open_run(run)
+        script, _, _, agent, buffer = build("beta_vmbpo", **vars(trained_args) | {"buffer_size": rows.shape[1]})
+        for part in ("actor", "critic", "critic_target"):
+            getattr(agent, part).load_state_dict(getattr(trained, part).state_dict())
+        agent.log_alpha.data.copy_(trained.log_alpha)
+    for name in ("model", "posterior_model"):
+        for settings in agent.opts[name].param_groups:
+            settings["betas"] = (0.9, beta2)
+    return script, agent, buffer, rows, starts
+
+
+def fit(agent, buffer, beta, seed):
+    """One fit at a given β; the same seed draws the same minibatches."""
+    torch.manual_seed(seed)
+    agent.log_beta.data.fill_(math.log(beta))
+    return {name: value.item() for name, value in agent.fit_model(buffer).items()}
+
+
+def study(task, rule, args):
+    """Rows of the table: the error of p after each fit; KL(q‖p) by β after the last; the error on the same rows again."""
+    *rate, start, beta2 = RULES[rule]
+    script, agent, buffer, rows, starts = make(task, args, beta2)
+    script.FIT_RATE, script.POSTERIOR_START, began = rate, start, time.perf_counter()
+    shared = {"task": task, "rule": rule}
+    for i in range(args.refits):
+        count = starts + 250 * i
+        new = rows[:, int(buffer.added) : count]
+        buffer.add(new)
+        if i == args.refits - 1:
+            before = copy.deepcopy((agent.state_dict(), {name: opt.state_dict() for name, opt in agent.opts.items()}))
+        metrics = fit(agent, buffer, 1e7, i)
+        seconds = time.perf_counter() - began
+        yield shared | {"what": "error", "x": i + 1, "value": metrics["model/prior_error"], "seconds": seconds}
+    after = copy.deepcopy((agent.state_dict(), {name: opt.state_dict() for name, opt in agent.opts.items()}))
+    for beta in BETAS:
+        restore(agent, before)
+        metrics = fit(agent, buffer, beta, args.refits - 1)
+        yield shared | {"what": "kl", "x": beta, "value": metrics["model/kl"], "seconds": 0.0}
+    restore(agent, after)
+    for i in range(3):
+        metrics = fit(agent, buffer, 1e7, args.refits + i)
+        yield shared | {"what": "again", "x": i + 1, "value": metrics["model/prior_error"], "seconds": 0.0}
+
+
+def restore(agent, state):
+    agent.load_state_dict(state[0])
+    for name, opt in agent.opts.items():
+        opt.load_state_dict(copy.deepcopy(state[1][name]))
+
+
+def draw(rows, figure):
+    """Errors above, KL below, a column per task; tells how each rule meets the demands."""
+    tasks = group(rows, "task")
+    grid = figure.subplots(2, len(tasks), squeeze=False)
+    for column, (task, of_task) in enumerate(tasks.items()):
+        for rule, found in group(of_task, "rule").items():
+            error, kl, again = ({float(r["x"]): float(r["value"]) for r in found if r["what"] == what}
+                                for what in ("error", "kl", "again"))
+            grid[0, column].semilogy([*error], [*error.values()], label=rule)
+            grid[1, column].loglog([*kl], [*kl.values()], marker="o", label=rule)
+            last = [[*error.values()][-1], *again.values()]
+            rise = max(b / a for a, b in zip(last, last[1:]))
+            mean = math.exp(sum(map(math.log, error.values())) / len(error))
+            yield (f"{task}, {rule}: error {mean:.2g} (geometric mean of the fits), on the same rows at most times "
+                   f"{rise:.2f}; KL falls {kl[10] / kl[100]:.0f} (β 10 to 100), {kl[30] / kl[300]:.0f} (30 to 300) times")
+        grid[0, column].set(title=task, xlabel="fit", ylabel="squared error of p, held-out rows")
+        grid[1, column].set(xlabel="β", ylabel="KL(q‖p), nats")
+    grid[0, 0].legend(fontsize=7)
+
+
+def main(args):
+    at_least(args, refits=2)
+    if not args.from_csv:
+        write("fits", (row for task in args.tasks for rule in args.rules for row in study(task, rule, args)))
+    return publish("fits", None, draw, (4 * max(len(args.tasks), 2), 7), "Refits of the dynamics under different rules")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__.splitlines()[0])))
