@@ -33,7 +33,7 @@ def computed(source):
     for number, line in enumerate(source.splitlines(), 1):
         if re.search(r"# .*\b(eq\.|Thm\.|Lemma)", line):
             around = [(first, name) for name, first, last in functions(source) if first <= number <= last]
-            found |= {(tag, max(around)[1]) for tag in tags(line.partition("# ")[2])}
+            found |= {(tag, name) for _, name in sorted(around)[-1:] for tag in tags(line.partition("# ")[2])}
     return found
 
 
