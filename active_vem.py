@@ -25,10 +25,12 @@ way to ask it.
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
- 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step.
+ 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step. The
+    model's learning rate falls with the updates: what it predicts becomes more precise than its first rate allows.
  3. q(z_t) climbs its own terms in (8) and, through the recurrence of a window, later ones; not the rewards: under the
     agent's own model these are highest where it believes to be in a good state, whatever it saw. With the recurrence
-    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well.
+    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well. Of what (5) conditions q(z_t) on it
+    sees z_{t-1}, a_{t-1}, x_t, r_t, x_t − x_{t-1}: a small change would be lost in the noise of z_{t-1}.
  4. Rewards are discounted and divided by their standard deviation; what lies beyond H steps is a twin critic Q(z,a).
     `--plan-horizon 0`: nothing but the critic, which is all that a discriminative agent can have.
  5. Episodes end. The probability of it is told from z_t ~ p(z_t|z_{t-1},a_{t-1}), which is what the plan has: from
