@@ -786,7 +786,8 @@ def test_noise_on_other_suites_and_on_bounded_observations():
     ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
     ("--alpha nan", ("--alpha nan",)), ("--agent discriminative --info-weight 2", ("--info-weight", "generative")),
     ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
-    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--noise inf", ("--noise inf",)),
+    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--agent memoryless --max-grad-norm 1", ("--max-grad-norm", "latent")),
+    ("--noise inf", ("--noise inf",)),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
