@@ -113,7 +113,7 @@ class Args:
     eval_every: Count = 1_000  # environment steps between evaluations
     eval_episodes: Count = 10  # episodes per trial and evaluation
     max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
-    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, and resuming is exact
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
@@ -129,14 +129,14 @@ class Args:
     tau: Fraction = 0.02  # step of the target critic towards the critic
     hidden_dim: Count = 128  # width of the two hidden layers of actor and critics
     learning_rate: Positive = 1e-3  # Adam's, of actor, critics and α
-    updates_per_step: Count = 1  # updates of everything per environment step
+    updates_per_step: Count = 1  # actor-critic updates per environment step
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     windows: Count = 32  # windows per update
     window_length: Count = 20  # steps of a window, within one episode
     scale_every: Count = 250  # environment steps between fits of the scales of observation and reward
     latent_dim: Count = 8  # dimensions of z
     model_dim: Count = 64  # width of the dynamics' hidden layers
-    model_learning_rate: Chosen = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
+    model_learning_rate: Positive = None  # Adam's, of the dynamics
     max_grad_norm: Chosen = None  # length that the model's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: Weight = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: Count = 8  # importance samples K of the marginal term
@@ -183,7 +183,7 @@ class Args:
         def see(obs):
             return (obs[shown] + self.noise * env.np_random.normal(size=low.shape)).astype(np.float32)
 
-        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(low.astype(np.float32), high.astype(np.float32)))
+        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(np.float32(low), np.float32(high)))
 
 
 def task_name(env_id):
@@ -438,7 +438,7 @@ class Agent(nn.Module):
     # The distributions of the agent, in columns (trials, batch, ·)
 
     def unroll(self, latent, action, sight, noise):
-        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}) and its moments, for columns that hold one time after another."""
+        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}) and its moments, for columns in the order of time."""
         n, steps = latent.shape[1], []
         for a, x, eps in zip(action.split(n, 1), sight.split(n, 1), noise.split(n, 1)):
             mean, log_std = self.latent_posterior(latent, a, x)
