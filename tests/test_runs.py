@@ -369,7 +369,8 @@ def test_resume_with_other_intervals_keeps_the_rest(name, copy_of):
 @one_script_each("row", [("SIGTERM",), ("SIGINT",), ("SIGHUP",), ("SIGINT",), ("SIGTERM",)])
 def test_signal_saves_and_exits(name, row, tmp_path, monkeypatch):
     """The run has not been evaluated yet when the signal comes."""
-    shape, number = {"env_id": "tiny_envs:Signal-v0", "eval_every": 1000, "total_steps": 60, "run_dir": "run"}, signal.Signals[row[0]]
+    shape = {"env_id": "tiny_envs:Signal-v0", "eval_every": 1000, "total_steps": 60, "run_dir": "run"}
+    number = signal.Signals[row[0]]
     signal.signal(number, lambda *_: pytest.fail("the script has not set a handler"))
     monkeypatch.setenv("TINY_SIGNAL", str(int(number)))
     assert run(name, **shape).code == 128 + number
@@ -598,19 +599,28 @@ def test_resume_refuses_changed_sizes(name, copy_of, capsys, tmp_path):
     assert "--total-steps" in refusal(name, ["--resume", folder, "--total-steps", 10], capsys, tmp_path)
 
 
+def replaced(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+def overwritten(text):
+    half = len(text) // 2
+    return text[:half] + "overwritten" + text[half + 11 :]
+
+
 EDITS = [  # file, what is done to its text, what the line must contain
     ("args.json", lambda text: "{", "args.json"),
-    ("args.json", lambda text: text.replace('"hidden_dim": 16', '"hidden_dim": 17'), "checkpoint.pt", "actor.layers.0.weight"),
-    ("args.json", lambda text: text.replace('"hidden_dim": 16', '"hidden_dim": -1'), "args.json", "hidden_dim -1"),
-    ("args.json", lambda text: text.replace('"hidden_dim": 16', '"hidden_dim": "x"'), "args.json", "hidden_dim x", "int"),
-    ("args.json", lambda text: text.replace('"gamma": 0.99', '"gamma": "x"'), "args.json", "gamma x", "float"),
-    ("args.json", lambda text: text.replace('"hidden_dim": 16,', ""), "args.json", "hidden_dim"),
-    ("args.json", lambda text: text.replace('"hidden_dim"', '"other": 1, "hidden_dim"'), "args.json", "other"),
-    ("metrics.csv", lambda text: text.replace("\n20,0,", "\n20,zero,", 1), "metrics.csv", "zero"),
-    ("metrics.csv", lambda text: text.replace("\n20,0,", "\n20,0,\udcff", 1), "metrics.csv"),
-    ("metrics.csv", lambda text: text.replace("\n20,0,", "\n20,0\n", 1), "metrics.csv"),
+    ("args.json", replaced('"hidden_dim": 16', '"hidden_dim": 17'), "checkpoint.pt", "actor.layers.0.weight"),
+    ("args.json", replaced('"hidden_dim": 16', '"hidden_dim": -1'), "args.json", "hidden_dim -1"),
+    ("args.json", replaced('"hidden_dim": 16', '"hidden_dim": "x"'), "args.json", "hidden_dim x", "int"),
+    ("args.json", replaced('"gamma": 0.', '"gamma": "x", "other": 0.'), "args.json", "other"),
+    ("args.json", replaced('"tau": 0.005', '"tau": "x"'), "args.json", "tau x", "float"),
+    ("args.json", replaced('"hidden_dim": 16,', ""), "args.json", "hidden_dim"),
+    ("metrics.csv", replaced("\n20,0,", "\n20,zero,"), "metrics.csv", "zero"),
+    ("metrics.csv", replaced("\n20,0,", "\n20,0,\udcff"), "metrics.csv"),
+    ("metrics.csv", replaced("\n20,0,", "\n20,0\n"), "metrics.csv"),
     ("checkpoint.pt", lambda text: text[: len(text) // 2], "checkpoint.pt"),
-    ("checkpoint.pt", lambda text: text[: len(text) // 2] + "overwritten" + text[len(text) // 2 + 11 :], "checkpoint.pt", "damaged"),
+    ("checkpoint.pt", overwritten, "checkpoint.pt", "damaged"),
     ("checkpoint.pt", lambda text: "", "checkpoint.pt"),
 ]
 
@@ -634,6 +644,19 @@ def test_checkpoint_without_a_key_is_refused(key, copy_of, capsys, tmp_path):
     assert f"KeyError: '{key}'" in refusal("beta_vmbpo", ["--resume", folder, "--total-steps", 60], capsys, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["opts.actor", "buffers"])
+def test_checkpoint_of_other_shapes_is_refused(key, copy_of, capsys, tmp_path):
+    folder = copy_of("sac_iterative")
+    state = checkpoint(folder)
+    if key == "buffers":
+        state["buffers"][0]["storage"] = state["buffers"][0]["storage"][..., 1:]
+    else:
+        state["opts"]["actor"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, folder / "checkpoint.pt")
+    line = refusal("sac_iterative", ["--resume", folder, "--total-steps", 60], capsys, tmp_path)
+    assert f"{folder}/checkpoint.pt: " in line and (key in line or "size" in line)
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 @every_script
 def test_directory_without_a_run_is_refused(name, flag, copy_of, capsys, tmp_path):
@@ -651,7 +674,7 @@ def no_space(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@one_script_each("row", [(OSError(28, "No space left on device"),), (RuntimeError("PytorchStreamWriter failed"),)])
+@one_script_each("row", [(OSError(28, "No space left on device"),), (RuntimeError("basic_ios::clear: iostream error"),)])
 def test_disk_that_is_full_at_a_save(name, row, capsys, monkeypatch, tmp_path):
     """One line, exit code 1, the checkpoint before it whole and nothing half written beside it."""
     save, saved = torch.save, []
