@@ -25,10 +25,12 @@ way to ask it.
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
- 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step.
+ 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step. The
+    model's learning rate falls with the updates: what it predicts becomes more precise than its first rate allows.
  3. q(z_t) climbs its own terms in (8) and, through the recurrence of a window, later ones; not the rewards: under the
     agent's own model these are highest where it believes to be in a good state, whatever it saw. With the recurrence
-    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well.
+    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well. Of what (5) conditions q(z_t) on it
+    sees z_{t-1}, a_{t-1}, x_t, r_t, x_t − x_{t-1}: a small change would be lost in the noise of z_{t-1}.
  4. Rewards are discounted and divided by their standard deviation; what lies beyond H steps is a twin critic Q(z,a).
     `--plan-horizon 0`: nothing but the critic, which is all that a discriminative agent can have.
  5. Episodes end. The probability of it is told from z_t ~ p(z_t|z_{t-1},a_{t-1}), which is what the plan has: from
@@ -135,7 +137,7 @@ class Args:
     latent_dim: Count = 8  # dimensions of z
     model_dim: Count = 64  # width of the dynamics' hidden layers
     model_learning_rate: Chosen = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
-    max_grad_norm: Chosen = None  # length that a network's gradient is cut to; default: 10, discriminative 0.3
+    max_grad_norm: Chosen = None  # length that the model's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: Weight = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: Count = 8  # importance samples K of the marginal term
     plan_horizon: Steps = 3  # imagined steps H of the planned bound (10)
@@ -572,14 +574,16 @@ class Agent(nn.Module):
         return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
 
     def gradient(self, loss, *networks):
-        """Gradients of what these networks learn, each network's cut to a length that is not too large, by trials."""
-        parameters = [self.learned[network] for network in networks]
-        loss.backward(inputs=sum(parameters, []))
-        for group in parameters:
-            norms = [torch.linalg.vector_norm(p.grad, dim=(-2, -1)).view(-1, self.args.trials) for p in group]
-            scale = (self.max_grad_norm / torch.cat(norms).norm(dim=0)).clamp(max=1)
-            for p in group:
-                p.grad.mul_(scale.view(-1, 1, 1))
+        """Gradients of what these networks learn; the model's is cut, trial by trial, to a length not too large.
+
+        The critic's is not: a batch in which episodes end would count no more than the others, and Q be too high.
+        """
+        loss.backward(inputs=sum((self.learned[network] for network in networks), []))
+        if "model" in networks:
+            grads = [p.grad for p in self.learned["model"]]
+            norms = [torch.linalg.vector_norm(grad, dim=(-2, -1)).view(-1, self.args.trials) for grad in grads]
+            scale = (self.max_grad_norm / torch.cat(norms).norm(dim=0)).clamp(max=1).view(-1, 1, 1)
+            torch._foreach_mul_(grads, [scale] * len(grads))
 
     def update(self, rows, weight):
         """One E-step and one M-step on windows (trials, length, n, ·); returns latent states and metrics."""
