@@ -1,35 +1,35 @@
-"""One figure and one csv from several runs: a panel per task and metric, mean and one standard deviation over the trials.
+"""One figure and one csv from several runs: a panel per task and metric, a line and a band over the trials.
 
-    python benchmarks/figures.py --experiment quick_fig5                     # all runs that `grid.py quick_fig5` has left
-    python benchmarks/figures.py --name inverted_pendulum --runs runs/InvertedPendulum-v4/* \
-        --metrics eval/return model/beta model/kl
+    python benchmarks/figures.py --experiment quick_fig5    # all runs that `grid.py quick_fig5` has left
+    python benchmarks/figures.py --name pendulum --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
+    python benchmarks/figures.py --experiment fig3b --against steps hours    # labels: a dot for each trial's end
 
-writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an experiment's NAME is
-its own. Runs that share task and label are further trials of one curve, which ends where not all of them go on.
-`--from-csv` draws the figure again from the committed csv, without the runs.
+writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
+experiment's NAME is its own. Runs that share task and label are further trials of one curve, which ends where not all
+of them go on. `--from-csv` draws the figure again from the committed csv, without the runs.
 """
 
-import csv
 import dataclasses
 import importlib.util
 import json
 import sys
-import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
+import grid
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
+from common import band, fail, group, labelled, metrics_of, publish, read
 
-HERE = Path(__file__).resolve().parent
 LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_error"}
-NAMES = {"eval/return": "evaluation return", "model/beta": "β", "model/kl": "KL(q‖p), nats", "model/prior_error": "hold-out error of p",
+NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted return", "model/beta": "β",
+         "model/kl": "KL(q‖p), nats", "model/prior_error": "hold-out error of p", "value/q": "Q",
          "model/posterior_error": "hold-out error of q", "model/optimism_gap": "optimism gap, value units",
-         "model/effective_sample_size": "effective sample size of the weights", "value/q": "Q", "policy/entropy": "policy entropy"}
-# Published means and standard deviations. MBPO: Janner et al. (2019), curves as stored by erl_lib, the early points over the
-# last 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
+         "model/effective_sample_size": "effective sample size of the weights", "policy/entropy": "policy entropy",
+         "eval/return_prior": "evaluation return of p(a)", "policy/kl": "KL of the policy to its prior, nats"}
+# Published means and standard deviations. MBPO: Janner et al. (2019), as stored by erl_lib, early points over the last
+# 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
 PUBLISHED = {
     "Hopper-v4": {"MBPO": {10_000: (247, 145), 20_000: (497, 246), 30_000: (641, 209), 50_000: (1646, 793),
                            100_000: (3314, 334), 125_000: (3279, 454)}, "SAC": {125_000: (2792, 627)}},
@@ -51,60 +51,68 @@ class Args:
     runs: tuple[str, ...] = ()  # run directories, in the order of the legend
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
+    against: tuple[Literal["steps", "hours", "labels"], ...] = ("steps",)  # x-axes; labels: each trial's last quarter
     reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
     title: str = ""  # above the panels
-    aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials, or interquartile mean and 95 % bootstrap interval
+    aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
     from_csv: bool = False  # draw from the committed csv
 
 
-def fail(message):
-    """Print one line and exit with code 2."""
-    print(f"figures.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def runs_of(args):
-    """Run directories and their labels: those asked for, then the experiment's."""
-    labels = args.labels or [Path(run).name for run in args.runs]
-    if len(labels) != len(args.runs):
-        fail("--labels: one per run")
-    pairs = [(Path(run), label) for run, label in zip(args.runs, labels)]
+    """Labels and run directories: those asked for, then the experiment's."""
+    pairs = labelled(args.runs, args.labels) if args.runs or not args.experiment else []
     if args.experiment:
-        table = tomllib.loads((HERE / "experiments.toml").read_text())
-        if "runs" not in table.get(args.experiment, {}):
-            fail(f"--experiment {args.experiment}: known are {', '.join(name for name in table if 'runs' in table[name])}")
-        safe = lambda name: name.replace("/", "_").replace(" ", "_")
-        for env in table[args.experiment]["envs"]:
-            for label in table[args.experiment]["runs"]:
-                found = sorted((Path(args.runs_dir) / args.experiment / safe(env)).glob(f"{safe(label)}_s*/metrics.csv"))
-                pairs += [(path.parent, label) for path in found]
+        runs = grid.runs_of(grid.Args(args.experiment, runs_dir=args.runs_dir))
+        pairs += [(run.label, run.dir) for run in runs if (run.dir / "metrics.csv").is_file()]
         if not pairs:
             fail(f"--runs-dir {args.runs_dir}: no run of {args.experiment} there")
-    missing = [str(run) for run, _ in pairs if not (run / "metrics.csv").is_file()]
-    if missing or not pairs:
-        fail(f"--runs {' '.join(missing)}: no metrics.csv there" if missing else
-             "--runs: name at least one run directory, or use --experiment or --from-csv")
+    missing = [str(run) for _, run in pairs if not (Path(run) / "metrics.csv").is_file()]
+    if missing:
+        fail(f"--runs {' '.join(missing)}: no metrics.csv there")
     return pairs
 
 
-def read(args):
-    """Rows task, label, step, trial, metric, value of the metrics asked for; at most about 100 steps per curve, six digits."""
-    rows, trials = [], defaultdict(int)
-    for run, label in runs_of(args):
-        settings = run / "args.json"
+def collect(args):
+    """Rows of the metrics asked for; at most about 100 steps per curve, five digits."""
+    trials = defaultdict(int)
+    for label, run in runs_of(args):
+        settings = Path(run) / "args.json"
         task = json.loads(settings.read_text())["env_id"] if settings.is_file() else ""
-        found = defaultdict(list)
-        for row in csv.DictReader((run / "metrics.csv").open()):
-            if row["metric"] in args.metrics:
-                found[row["metric"]].append((int(row["step"]), int(row["trial"]), float(row["value"])))
-        for metric, values in found.items():
-            steps = sorted({step for step, *_ in values})
-            keep = set(steps[:: max(1, len(steps) // 100)]) | {steps[-1]}
-            rows += [(task, label, step, trials[task, label] + trial, metric, f"{value:.5g}")
-                     for step, trial, value in values if step in keep]
-        trials[task, label] += 1 + max((trial for values in found.values() for _, trial, _ in values), default=-1)
-    return rows
+        everything = metrics_of(run)
+        curves = group([row for row in everything if row[2] in args.metrics], 2)
+        if "hours" in args.against:
+            clock = wall_clock(everything)
+            steps = sorted({row[0] for row in curves["eval/return"]})
+            curves["time/hours"] = [(step, 0, "", clock(step)) for step in steps]
+        for metric, rows in curves.items():
+            steps = sorted({step for step, *_ in rows})
+            keep = {*steps[:: max(1, len(steps) // 100)], steps[-1]}
+            for step, trial, _, value in rows:
+                if step in keep:
+                    yield {"task": task, "label": label, "step": step, "trial": trials[task, label] + trial,
+                           "metric": metric, "value": f"{value:.5g}"}
+        trials[task, label] += 1 + max((row[1] for rows in curves.values() for row in rows), default=-1)
+
+
+def wall_clock(rows):
+    """Step -> hours of a run, from the rows of its metrics.csv. time/sps is the speed since the row before, with
+    evaluation and checkpoints; it counts for the whole interval, also where a resume cut it short. The clock is that of
+    all trials side by side, and of whatever else kept the machine busy."""
+    speed = dict(sorted((step, value) for step, _, metric, value in rows if metric == "time/sps"))
+    if not speed:
+        fail("--against hours: a run is too short, no time/sps in its metrics.csv")
+    steps, rate = np.array([0, *speed]), np.array([*speed.values()])
+    hours = np.concatenate([[0], (np.diff(steps) / rate).cumsum()]) / 3600
+    return lambda step: np.interp(step, steps, hours) + max(0, step - steps[-1]) / rate[-1] / 3600
+
+
+def curve(rows):
+    """Steps (s,) and values (s, trials) of one line, as far as all of its trials go."""
+    found = group(rows, "step")
+    most = max(len(rows) for rows in found.values())
+    steps = sorted((int(step) for step, rows in found.items() if len(rows) == most))
+    return np.array(steps), np.array([[float(row["value"]) for row in found[str(step)]] for step in steps])
 
 
 def spread(values, aggregate):
@@ -119,81 +127,105 @@ def spread(values, aggregate):
     return middle[""], *interval[""]
 
 
-def draw(args, rows, path):
-    tasks, labels = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
-    panels = [(task, metric) for task in tasks for metric in args.metrics]
-    columns = min(3, len(panels)) if 1 in (len(tasks), len(args.metrics)) else len(args.metrics)
+def draw_line(args, axis, rows, hours, **style):
+    """A line and its band against steps, or against the mean of the trials' hours; returns the number of trials."""
+    steps, values = curve(rows)
+    if hours:
+        clock = dict(zip(*curve(hours)))
+        steps = [np.mean(clock[step]) for step in steps]
+    if rows[0]["metric"] in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
+        middle, low, high = (np.exp(x) for x in spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
+    else:
+        middle, low, high = spread(values, args.aggregate)
+    band(axis, steps, middle, low, high, **style)
+    return values.shape[1]
+
+
+def draw_ends(axis, lines, labels):
+    """Dots: each trial's mean over the last quarter of its steps; a bar at the mean of the trials."""
+    for i, label in enumerate(labels):
+        if label in lines:
+            steps, values = curve(lines[label])
+            ends = values[steps >= 0.75 * steps[-1]].mean(0)
+            axis.plot([i] * len(ends), ends, ".", color=f"C{i}")
+            axis.plot(i, ends.mean(), "_", color="black", markersize=14)
+    axis.set_xticks(range(len(labels)), labels, rotation=30, fontsize=8)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+    axis.set_ylabel("last quarter: each trial (dots) and their mean", fontsize=7)
+
+
+def draw_published(axis, task, last):
+    for (name, points), marker in zip(PUBLISHED.get(task, {}).items(), "os"):
+        points = [(step, *point) for step, point in points.items() if step <= 1.5 * last]
+        if points:
+            step, mean, std = zip(*points)
+            axis.errorbar(step, mean, std, fmt=marker, color="grey", capsize=3, zorder=0, label=f"{name}, published")
+
+
+def draw_panel(args, axis, found, task, metric, against, labels):
+    rows = found[task, metric]
+    lines, clocks = group(rows, "label"), group(found.get((task, "time/hours"), []), "label")
+    axis.set_yscale("log" if metric in LOG_METRICS else "linear")
+    if against == "labels":
+        return draw_ends(axis, lines, labels)
+    trials = {draw_line(args, axis, lines[label], clocks.get(label) if against == "hours" else None, label=label,
+                        color=f"C{i}", linestyle="-" if i < 10 else "--")
+              for i, label in enumerate(labels) if label in lines}
+    if metric == "model/kl" and args.budget:
+        axis.axhline(args.budget, color="black", linestyle=":", linewidth=1)
+    if metric == "eval/return" and against == "steps":
+        draw_published(axis, args.reference or task, max(int(row["step"]) for row in rows))
+    what = {"mean": "mean ± one standard deviation", "iqm": "interquartile mean, 95 % interval"}[args.aggregate]
+    what = f"geometric {what}" if metric in LOG_METRICS else what
+    counts = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
+    axis.set_xlabel("hours" if against == "hours" else "environment steps per trial")
+    axis.set_ylabel("one trial" if counts == "1" else f"{what}, {counts} trials", fontsize=7)
+
+
+def draw(args, rows, figure):
+    rows = [{"task": ""} | row for row in rows]  # the oldest tables have no such column
+    found = group(rows, "task", "metric")
+    tasks, labels, metrics = ([*group(rows, column)] for column in ("task", "label", "metric"))
+    metrics = [metric for metric in args.metrics or metrics if metric in metrics and metric != "time/hours"]
+    panels = [(task, metric, against) for task in tasks for metric in metrics for against in args.against]
+    each = len(panels) // len(tasks)
+    columns = min(3, len(panels)) if 1 in (len(tasks), each) else each
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.2 * lines + 0.4), layout="constrained")
+    figure.set_size_inches(4.4 * columns, 3.2 * lines + 0.4)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, (task, metric) in zip(axes, panels):
-        for i, label in enumerate(labels):
-            curve = defaultdict(list)
-            for *_, step, _, _, value in (row for row in rows if (row[0], row[1], row[4]) == (task, label, metric)):
-                curve[int(step)].append(float(value))
-            if not curve:
-                continue
-            most = max(len(values) for values in curve.values())
-            curve = {step: values for step, values in sorted(curve.items()) if len(values) == most}
-            steps, values = list(curve), np.array(list(curve.values()))  # (steps, trials)
-            if metric in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
-                mean, low, high = (np.exp(x) for x in spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
-            else:
-                mean, low, high = spread(values, args.aggregate)
-            style = {"color": f"C{i}", "linestyle": "-" if i < 10 else "--"}
-            axis.plot(steps, mean, label=label, **style)
-            axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-        if metric in LOG_METRICS:
-            axis.set_yscale("log")
-        if metric == "model/kl" and args.budget:
-            axis.axhline(args.budget, color="black", linestyle=":", linewidth=1)
-        if metric == "eval/return":
-            last = max(int(row[2]) for row in rows if row[0] == task)
-            for (name, points), marker in zip(PUBLISHED.get(args.reference or task, {}).items(), "os"):
-                points = [(step, *point) for step, point in points.items() if step <= 1.5 * last]
-                if points:
-                    step, mean, std = zip(*points)
-                    axis.errorbar(step, mean, std, fmt=marker, color="grey", capsize=3, zorder=0, label=f"{name}, published")
+    for axis, (task, metric, against) in zip(axes, panels):
+        if (task, metric) in found:
+            draw_panel(args, axis, found, task, metric, against, labels)
         name = NAMES.get(metric, metric)
-        axis.set(xlabel="environment steps per trial", title=f"{task}: {name}" if len(tasks) > 1 else name)
+        axis.set_title(f"{task}: {name}" if len(tasks) > 1 else name)
     for axis in axes[len(panels) :]:
         axis.remove()
-    axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
-    figure.suptitle(args.title or (f"{args.name}, {tasks[0]}" if len(tasks) == 1 and tasks[0] else args.name))
-    figure.savefig(path, dpi=120)
+    if args.against[0] != "labels":
+        axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
+    for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
+        if metric == "eval/return":
+            last = max(int(row["step"]) for row in rows)
+            values = [float(row["value"]) for row in rows if int(row["step"]) == last]
+            yield (f"{task} {label}: return at step {last}: {np.mean(values):.1f} ± {np.std(values):.1f} "
+                   f"({', '.join(f'{value:.0f}' for value in values)})".lstrip())
 
 
 def main(args):
-    asked = args.metrics
-    args = dataclasses.replace(args, name=args.name or args.experiment, metrics=args.metrics or ("eval/return",))
-    table, picture = HERE / "results" / f"{args.name}.csv", HERE / "figures" / f"{args.name}.png"
-    if not args.name:
-        fail("--name: how the figure and the csv are called; or name an --experiment")
-    if args.from_csv and not table.is_file():
-        fail(f"--from-csv: there is no {table.name} among the results")
+    name = args.name or args.experiment
+    if not name:
+        fail("--name: needed, for the csv and the figure")
     if args.reference and args.reference not in PUBLISHED:
         fail(f"--reference {args.reference}: known are {', '.join(PUBLISHED)}")
     if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
         fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
-    if args.from_csv:
-        rows = [tuple(({"task": ""} | row).values()) for row in csv.DictReader(table.open())]
-        args = dataclasses.replace(args, metrics=asked or tuple(dict.fromkeys(row[4] for row in rows)))
-    else:
-        rows = read(args)
-        with table.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([("task", "label", "step", "trial", "metric", "value"), *rows])
-    draw(args, rows, picture)
-    for task, label in dict.fromkeys(row[:2] for row in rows):
-        returns = defaultdict(list)
-        for *which, step, _, metric, value in rows:
-            if (*which, metric) == (task, label, "eval/return"):
-                returns[int(step)].append(float(value))
-        if returns:
-            step, last = max(returns.items())
-            print(f"{task} {label}: return at step {step}: {np.mean(last):.1f} ± {np.std(last):.1f} "
-                  f"({', '.join(f'{value:.0f}' for value in last)})".lstrip())
-    print(f"{table}\n{picture}")
-    return 0
+    if not args.from_csv:
+        args = dataclasses.replace(args, metrics=args.metrics or ("eval/return",))
+    rows = None if args.from_csv else [*collect(args)]
+    if rows == []:
+        fail(f"--metrics {' '.join(args.metrics)}: none of the runs has logged it")
+    tasks = {row.get("task", "") for row in rows or read(name)}
+    title = args.title or (f"{name}, {tasks.pop()}" if len(tasks) == 1 else name).removesuffix(", ")
+    return publish(name, rows, lambda rows, figure: draw(args, rows, figure), (6, 4), title)
 
 
 if __name__ == "__main__":

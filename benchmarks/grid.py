@@ -1,13 +1,15 @@
-"""Runs an experiment of experiments.toml as Ray tasks: on this machine, or on a cluster.
+"""Runs an experiment of experiments.toml, in the order of its table: on this machine, or as Ray tasks on a cluster.
 
-    python benchmarks/grid.py quick                       # starts a Ray of its own, on this machine's cores
-    python benchmarks/grid.py quick --status              # what has been done, from the run directories alone
-    python benchmarks/grid.py fig5 --address auto --gpus-per-run 0.2 --runs-dir /shared/runs
+    python benchmarks/grid.py quick             # two runs at a time, one thread each
+    python benchmarks/grid.py quick --status    # what has been done, and hours to go
+    python benchmarks/grid.py fig5 --address auto --jobs 20 --gpus-per-run 0.2 --runs-dir /shared/runs
 
-Every task is a plain `python SCRIPT.py …` with a run directory of its own, beside which lie its log and, at its end, its
-command and exit code (RUN_DIR.log, RUN_DIR.json). A run that has finished is skipped; one that was interrupted, by whatever, goes on from its last checkpoint with `--resume`, in this call (`--retries`) or
-the next. On a cluster RUNS_DIR must be a folder that all nodes share. A run that is going on holds a lock on RUN_DIR.lock,
-which its process inherits: two never write to one directory, and a training process dies with the worker that began it.
+A run is a plain `python SCRIPT.py …` with a directory of its own. Beside it lie its log and, since it last stopped,
+its command, exit code, seconds and commit (RUN_DIR.log, RUN_DIR.json). Ctrl-C, SIGTERM or a lost terminal let all
+that runs save and end; the same command goes on from there, also after a restart of the machine. A run holds a lock
+on RUN_DIR.lock, which its process inherits: two never write to one directory, and a run saves and ends with its
+parent. To publish, run from a `git worktree` of one commit, with --runs-dir outside of it; on a cluster it must be a
+folder that all nodes share.
 """
 
 import ctypes
@@ -22,12 +24,15 @@ import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
+from common import HERE, ROOT, at_least, commit, fail, metrics_of, say
 
-HERE = Path(__file__).resolve().parent
 TABLE = HERE / "experiments.toml"
+STOPPED, RUNNING = [], []  # signals received; processes of this machine
 
 
 @dataclasses.dataclass
@@ -35,59 +40,63 @@ class Args:
     experiment: tyro.conf.Positional[str]  # name of a table in experiments.toml
     only: str = ""  # run only what has this text in its name
     runs_dir: str = "runs/grid"  # where run directories go; on a cluster, a folder that all nodes share
-    address: str = ""  # of a Ray cluster, as host:port or auto; default: a Ray on this machine, for this call
+    jobs: int = 2  # runs side by side
     cpus_per_run: int = 1  # cores, and threads, of a run
-    gpus_per_run: float = 0.0  # share of a GPU of a run; 0.2 puts five on one
+    address: str = ""  # of a Ray cluster, as host:port or auto; default: this machine, without Ray
+    gpus_per_run: float = 0.0  # share of a GPU of a run on a cluster; 0.2 puts five on one
     retries: int = 5  # times that a run which died is continued before it counts as failed
     table: str = str(TABLE)  # the file of experiments
     status: bool = False  # print what has been done and start nothing
     dry_run: bool = False  # print the commands and start nothing
 
 
-def fail(message):
-    """Print one line and exit with code 2."""
-    print(f"grid.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
+class Run(NamedTuple):
+    dir: Path
+    label: str
+    command: list  # a script, relative to the repository, and its flags
 
 
 def runs_of(args):
-    """Run directory -> command, of every run of the experiment whose name has the text asked for."""
+    """The runs of the experiment whose name has the text asked for."""
     try:
-        table = tomllib.loads(Path(args.table).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        everything = tomllib.loads(Path(args.table).read_text())
+    except (OSError, ValueError) as error:
         fail(f"--table {args.table}: {error}")
+    table = {name: part for name, part in everything.items() if isinstance(part, dict)}
     if args.experiment not in table:
         fail(f"{args.experiment}: not an experiment; there are {', '.join(table)}")
-    found = {}
+    found = []
     for part in table[args.experiment].get("parts", [args.experiment]):
-        experiment = table[part]
-        for env, (label, command), seed in itertools.product(
-                experiment["envs"], experiment["runs"].items(), experiment.get("seeds", [1])):
-            script, *flags = shlex.split(command)
+        experiment = table.get(part, {})
+        if not isinstance(experiment.get("runs"), dict) or not isinstance(experiment.get("envs"), list):
+            fail(f"--table {args.table}: [{part}] needs a list `envs` and a table `runs`")
+        for env, label, seed in itertools.product(experiment["envs"], experiment["runs"], experiment.get("seeds", [1])):
+            script, *flags = shlex.split(experiment["runs"][label])
             shared = shlex.split(f"{experiment.get('flags', '')} {experiment.get('env_flags', {}).get(env, '')}")
-            name = "/".join(name.replace("/", "_").replace(" ", "_") for name in (part, env, f"{label}_s{seed}"))
+            name = "/".join(text.replace("/", "_").replace(" ", "_") for text in (part, env, f"{label}_s{seed}"))
+            command = [script, "--env-id", env, "--seed", str(seed), *shared, *flags]
             if args.only in name:
-                found[Path(args.runs_dir).absolute() / name] = [
-                    str(HERE.parent / script), "--env-id", env, "--seed", str(seed), *shared, *flags]
+                found.append(Run(Path(args.runs_dir).absolute() / name, label, command))
     if not found:
         fail(f"--only {args.only}: no run of {args.experiment} has this in its name")
     return found
 
 
-def last_row(run_dir, metric=""):
+# What a run has done, by its files
+
+
+def last(run_dir, metric=""):
     """Last row of metrics.csv, or the last of a metric: (step, value), or None."""
     try:
-        lines = (run_dir / "metrics.csv").read_text().splitlines()[1:]
-    except OSError:
+        rows = [(step, value) for step, _, name, value in metrics_of(run_dir) if metric in ("", name)]
+    except (OSError, ValueError):
         return None
-    rows = [line.split(",") for line in lines if line.count(",") == 3 and (not metric or f",{metric}," in line)]
-    return (int(rows[-1][0]), float(rows[-1][3])) if rows else None
+    return rows[-1] if rows else None
 
 
-def note(run_dir):
-    """What a run that came to its end, or was refused, left beside its directory."""
+def load_json(path):
     try:
-        return json.loads(Path(f"{run_dir}.json").read_text())
+        return json.loads(Path(path).read_text())
     except (OSError, ValueError):
         return {}
 
@@ -104,88 +113,148 @@ def locked(run_dir):
     return False
 
 
-def finished(run_dir, command):
-    """Whether this very command has come to its end there."""
-    return (note(run_dir).get("command"), note(run_dir).get("code")) == (command, 0)
-
-
-def state(run_dir, command):
+def state(run):
     """finished, running, refused, interrupted or absent."""
-    if finished(run_dir, command):
+    note = load_json(f"{run.dir}.json")
+    code = note.get("code") if note.get("command") == run.command else None
+    if code == 0:
         return "finished"
-    if locked(run_dir):
+    if locked(run.dir):
         return "running"
-    if note(run_dir).get("command") == command:
-        return "refused"
-    return "interrupted" if run_dir.exists() else "absent"
+    return "refused" if code == 2 else "interrupted" if run.dir.exists() else "absent"
 
 
-def die_with_parent():
-    """Linux kills the process when the one that began it ends, however that ended."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def total_steps(run):
+    """How long the run will be, by its own flags; None where the script's default counts and it has not begun."""
+    flags = dict(itertools.pairwise(run.command))
+    asked = flags.get("--total-steps") or load_json(run.dir / "args.json").get("total_steps")
+    return asked and int(asked)
 
 
-def train(run_dir, command, threads):
-    """Begin a run or continue it; returns the exit code, or raises where trying again can help."""
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{run_dir}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the process of a worker that has just died
-        if finished(run_dir, command):
+def print_status(args, runs):
+    """A line per run, and the hours to go at the speed last logged; of runs not begun, at that of the others."""
+    states = [state(run) for run in runs]
+    speeds = [last(run.dir, "time/sps") for run in runs]
+    known = [speed for _, speed in filter(None, speeds)]
+    hours, unknown = 0.0, 0
+    for run, now, speed in zip(runs, states, speeds):
+        (step, _), (_, value) = last(run.dir) or (0, 0), last(run.dir, "eval/return") or (0, float("nan"))
+        total, sps = total_steps(run), speed[1] if speed else sum(known) / max(1, len(known))
+        to_go = 0.0 if now == "finished" else (total - step) / sps / 3600 if total and sps else None
+        hours, unknown = hours + (to_go or 0), unknown + (to_go is None)
+        shown = "?" if to_go is None else f"{to_go:.1f}"
+        say(f"{now:12} step {step:>9,} of {total or 0:>9,}  return {value:>9.1f}  {shown:>5} h to go  {run.dir}")
+    say(f"{states.count('finished')} of {len(runs)} finished; {hours / args.jobs:.1f} hours to go with {args.jobs} at "
+        f"a time{f', and {unknown} runs of which nothing is known' * bool(unknown)}")
+
+
+# Running
+
+
+def end_with_parent():
+    """Linux tells the process to save and end when the one that began it ends, however that ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def train(run, threads, retries):
+    """Begin a run or continue it, again and again if it dies; returns its exit code, None if it was told to stop."""
+    code = None
+    for _ in range(1 + retries):
+        if STOPPED:
+            return None
+        code = attempt(run, threads)
+        if code in (0, 2) or STOPPED:  # done, or refused: no use in trying again
+            break
+    return None if STOPPED and code != 0 else code
+
+
+def attempt(run, threads):
+    """Begin a run or continue it; returns its exit code, -1 if that is 0 but the run is not at its end."""
+    run.dir.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run.dir}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process whose parent has just died
+        if state(run) == "finished":
             return 0
-        place = ["--run-dir", str(run_dir)]
-        if (run_dir / "checkpoint.pt").exists():
-            place = ["--resume", str(run_dir)]
-        elif run_dir.exists():  # it died before its first checkpoint: begin anew, and keep what there is beside it
-            run_dir.rename(f"{run_dir}.lost-{time.strftime('%Y%m%d-%H%M%S')}")
-        before, environment = time.time(), os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with open(f"{run_dir}.log", "ab") as log:
-            code = subprocess.run([sys.executable, *command, *place], env=environment, stdout=log, stderr=log,
-                                  pass_fds=[lock.fileno()], preexec_fn=die_with_parent).returncode
-        if code in (0, 2):  # done, or refused: no use in trying again
-            record = {"command": command, "code": code, "seconds": round(time.time() - before), "node": os.uname().nodename}
-            Path(f"{run_dir}.json").write_text(json.dumps(record, indent=2))
-            return code
-    raise RuntimeError(f"{run_dir.name} ended with code {code}; see {run_dir}.log")
+        place = ["--run-dir", str(run.dir)]
+        if (run.dir / "checkpoint.pt").exists():
+            place = ["--resume", str(run.dir)]
+        elif run.dir.exists():  # it died before its first checkpoint: begin anew, and keep what there is beside it
+            run.dir.rename(f"{run.dir}.lost-{time.strftime('%Y%m%d-%H%M%S')}")
+        script, *flags = run.command
+        before = time.time()
+        with open(f"{run.dir}.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / script), *flags, *place], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, pass_fds=[lock.fileno()],
+                preexec_fn=end_with_parent, start_new_session=True)  # Ctrl-C reaches it through `stop` alone
+        RUNNING.append(process)
+        if STOPPED:  # meanwhile
+            process.send_signal(signal.SIGINT)
+        code = process.wait()
+        RUNNING.remove(process)
+        note, at_its_end = load_json(f"{run.dir}.json"), (last(run.dir) or (0,))[0] >= (total_steps(run) or 0)
+        if code == 0 and not at_its_end:  # a signal ended it
+            code = -1
+        if code == 2 and not note and at_its_end:  # it had come to its end, and there was no time to note it
+            code = 0
+        spent = note.get("seconds", 0) + round(time.time() - before)
+        note = {"command": run.command, "code": code, "seconds": spent, "commit": commit(), "node": os.uname().nodename}
+        Path(f"{run.dir}.json").write_text(json.dumps(note, indent=2))
+        return code
 
 
-def print_status(runs):
-    for run_dir, command in runs.items():
-        (step, _), (_, value) = last_row(run_dir) or (0, 0), last_row(run_dir, "eval/return") or (0, float("nan"))
-        print(f"{state(run_dir, command):12} step {step:>9,}  return {value:>9.1f}  {run_dir}")
+def stop(signum, frame):
+    """Let what runs here save and end."""
+    STOPPED.append(signum)
+    for process in [*RUNNING]:
+        process.send_signal(signal.SIGINT)
 
 
-def main(args):
-    if args.cpus_per_run < 1 or args.gpus_per_run < 0 or args.retries < 0:
-        fail("--cpus-per-run counts from 1, --gpus-per-run and --retries from 0")
-    runs = runs_of(args)
-    if args.dry_run:
-        for run_dir, command in runs.items():
-            print(shlex.join(["python", *command, "--run-dir", str(run_dir)]))
-        return 0
-    if args.status:
-        print_status(runs)
-        return 0
+def on_cluster(args):
+    """`train` as a Ray task; a node that dies is one more try."""
     try:
         import ray
     except ImportError:
-        fail("the package ray is needed: pip install -r benchmarks/requirements.txt")
-    ray.init(log_to_driver=False, **({"address": args.address} if args.address else {"include_dashboard": False}))
-    task = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries,
-                      retry_exceptions=True)(train)
-    waiting = {task.remote(run_dir, command, args.cpus_per_run): run_dir
-               for run_dir, command in runs.items() if not finished(run_dir, command)}
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already", flush=True)
-    failed = 0
-    while waiting:
-        (done,), _ = ray.wait([*waiting], num_returns=1)
-        run_dir, outcome = waiting.pop(done), "finished"
-        try:
-            code = ray.get(done)
-            failed, outcome = failed + (code != 0), "finished" if code == 0 else f"refused; see {run_dir}.log"
-        except ray.exceptions.RayError as error:
-            failed, outcome = failed + 1, f"failed: {str(error).strip().splitlines()[-1]}"
-        print(f"{run_dir}: {outcome}; {len(waiting)} to go", flush=True)
-    ray.shutdown()
+        fail("--address: the package ray is needed, pip install -r benchmarks/requirements.txt")
+    ray.init(address=args.address, log_to_driver=False)
+    remote = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries)(train)
+
+    def begin(*arguments):
+        task = remote.remote(*arguments)
+        while not ray.wait([task], timeout=1)[0]:
+            if STOPPED:  # this process ends, and with it its tasks
+                return None
+        return ray.get(task)
+
+    return begin
+
+
+def main(args):
+    at_least(args, jobs=1, cpus_per_run=1, gpus_per_run=0, retries=0)
+    runs = runs_of(args)
+    if args.dry_run:
+        for run in runs:
+            say(shlex.join(["python", *run.command, "--run-dir", str(run.dir)]))
+        return 0
+    if args.status:
+        print_status(args, runs)
+        return 0
+    begin = on_cluster(args) if args.address else train
+    waiting = [run for run in runs if state(run) != "finished"]
+    say(f"{len(runs) - len(waiting)} of {len(runs)} runs are there already")
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup wants it to go on
+            signal.signal(signum, stop)
+    failed, left = 0, len(waiting)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tasks = {pool.submit(begin, run, args.cpus_per_run, args.retries): run for run in waiting}
+        for task in as_completed(tasks):
+            run, error, left = tasks[task], task.exception(), left - 1
+            code = 1 if error else task.result()
+            outcome = {0: "finished", 2: "refused", None: "stopped"}.get(code, f"failed with code {code}")
+            failed += code != 0
+            if code is not None or run.dir.exists():
+                say(f"{run.dir}: {error or outcome}{f'; see {run.dir}.log' * (code != 0)}; {left} to go")
     return 1 if failed else 0
 
 

@@ -1,9 +1,7 @@
 """What inference by iteration brings: the experiments on sac_iterative.py, one sub-command each.
 
     python benchmarks/inference.py improvement --run RUN                            # Figure 2; RUN trained with K = 10
-    python benchmarks/inference.py curves --runs RUN RUN --labels direct iterative  # Figure 3b
     python benchmarks/inference.py gap --total-steps 5000 --flags="--env-id Pendulum-v1 --trials 3"
-    python benchmarks/inference.py iterations --run RUN
     python benchmarks/inference.py landscape --run RUN --dims 0 1
     python benchmarks/inference.py optimizers --run RUN
 
@@ -17,45 +15,25 @@ the tables a column NAME beside NAME_std is the mean over a trial's states (or e
 λ = (μ, log σ) = params (trials, n, 2, action_dim), noise (trials, samples, n, action_dim).
 """
 
-import csv
 import dataclasses
-import importlib.util
 import itertools
-import json
-import math
 import shlex
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import common
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
+from common import ROOT, at_least, band, fail, group, load_script, publish, run_args
 
-HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parent / "sac_iterative.py"
+SAC = load_script("sac_iterative")
 ROWS = 2**15  # actions that the critics judge at a time: bounds the memory, not the result
-
-
-def load(path):
-    if path.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules[path.stem]
-
-
-SAC = load(SCRIPT)
-
-
-def refuse(message):
-    """Print one line and exit with code 2."""
-    print(f"inference.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 # J̃ and its optimizers
@@ -151,32 +129,16 @@ def distinct_modes(actions, values, distance):
 # Runs
 
 
-def saved_flags(run, flag="--run"):
-    """The flags that a run directory was made with."""
-    try:
-        saved = SAC.Args(**json.loads((Path(run) / "args.json").read_text()))
-        (Path(run) / "metrics.csv").stat(), (Path(run) / "checkpoint.pt").stat()
-        return saved
-    except (OSError, ValueError, TypeError):
-        refuse(f"{flag} {run or '(none)'}: no args.json, metrics.csv and checkpoint.pt of {SCRIPT.name} there")
-
-
 def open_run(run, device, seed):
-    """Agent, flags and replay buffer of a run directory, on any device; inference draws its noise from the seed."""
-    saved = dataclasses.replace(saved_flags(run), device=device, compile=False)
-    envs = SAC.make_envs(saved.env_id, 1)
-    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    agent = SAC.Agent(saved, *sizes)
-    buffer = SAC.ReplayBuffer(saved.trials, min(saved.buffer_size, saved.total_steps), *sizes, device)
-    SAC.load(Path(run) / "checkpoint.pt", saved, agent, (buffer,))
-    torch.manual_seed(seed)  # after the checkpoint's own random state
-    return agent, saved, buffer
+    """Agent, flags and replay buffer of a run of the script."""
+    return common.open_run(run, "--run", "sac_iterative", device, seed)[:3]
 
 
 def buffer_states(buffer, n, seed):
     """n states per trial (trials, n, obs_dim), uniform over the replay buffer, the same on every device."""
-    rows = torch.randint(int(buffer.count), (len(buffer.trial), n), generator=torch.Generator().manual_seed(seed))
-    return buffer.storage[buffer.trial, rows.to(buffer.storage.device), : buffer.widths[0]]
+    rows, generator = buffer.rows(), torch.Generator().manual_seed(seed)
+    index = torch.randint(rows.shape[1], (len(rows), n), generator=generator)
+    return rows[buffer.trial, index.to(rows.device), : buffer.widths[0]]
 
 
 def only_trial(agent, trial):
@@ -185,32 +147,21 @@ def only_trial(agent, trial):
         parameter.data = parameter.data.narrow(int(name.startswith("critic")), trial, 1)
 
 
-@torch.no_grad()
-def roll_out(agent, saved, episodes, iters):
-    """Returns (trials, episodes) of deterministic actions on the seeds of the script's evaluation; the states met
-    (trials, steps, episodes, obs_dim); and at which of them the episode was not over yet."""
-    envs = SAC.make_envs(saved.env_id, saved.trials * episodes)
-    obs, _ = envs.reset(seed=[saved.seed + 10_000 + i for i in range(envs.num_envs)])
-    returns, alive, states, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool), [], []
-    while alive.any():
-        running.append(alive.reshape(saved.trials, -1))
-        states.append(torch.as_tensor(obs, dtype=torch.float32, device=saved.device).unflatten(0, (saved.trials, -1)))
-        action = agent.act(states[-1], deterministic=True, iters=iters).flatten(0, 1)
-        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
-        returns, alive = returns + alive * reward, alive & ~(terminated | truncated)
-    return returns.reshape(saved.trials, -1), torch.stack(states, 1), np.stack(running, 1)
+def roll_out(agent, args, episodes, iters):
+    """The script's evaluation with K = iters: returns (trials, episodes), the states met (trials, steps, episodes,
+    obs_dim), and at which of them the episode was not over yet (trials, steps, episodes)."""
+    states = []
+
+    def act(obs, **flags):
+        states.append(obs)
+        return agent.act(obs, iters=iters, **flags)
+
+    found = SAC.evaluate(SimpleNamespace(act=act), SAC.make_envs(args, args.trials * episodes), args)
+    running = np.arange(len(states))[:, None] < found["eval/length"][:, None]
+    return found["eval/return"], torch.stack(states, 1), running
 
 
-def wall_clock(metrics):
-    """Step -> hours of a run, from the rows (step, metric, value) of its metrics.csv. time/sps is the speed since the
-    row before, with evaluation and checkpoints; it counts for the whole interval, also where a resume cut it short."""
-    speed = dict(sorted((step, value) for step, metric, value in metrics if metric == "time/sps"))
-    steps, rate = np.array([0, *speed]), np.array([*speed.values()])
-    hours = np.concatenate([[0], (np.diff(steps) / rate).cumsum()]) / 3600
-    return lambda step: np.interp(step, steps, hours) + max(0, step - steps[-1]) / rate[-1] / 3600
-
-
-# Tables and figures
+# Tables
 
 
 def moments(name, values):
@@ -222,31 +173,29 @@ def moments(name, values):
 def pooled(rows, by, name, within=True):
     """The distinct values of `by` in the rows (one per trial); mean and standard deviation of `name` over all states
     and trials, or, without the spread within the trials, over the trials."""
-    groups = defaultdict(list)
+    found = defaultdict(list)
     for row in rows:
-        groups[float(row[by])].append((float(row[name]), float(row.get(f"{name}_std", 0)) * within))
-    tables = [np.array(groups[x]) for x in sorted(groups)]  # (trials, 2) each
+        found[float(row[by])].append((float(row[name]), float(row.get(f"{name}_std", 0)) * within))
+    tables = [np.array(found[x]) for x in sorted(found)]  # (trials, 2) each
     spread = [(table[:, 0].var() + (table[:, 1] ** 2).mean()) ** 0.5 for table in tables]
-    return np.array(sorted(groups)), np.array([table[:, 0].mean() for table in tables]), np.array(spread)
+    return np.array(sorted(found)), np.array([table[:, 0].mean() for table in tables]), np.array(spread)
 
 
-def band(axis, x, mean, std, **style):
-    (line,) = axis.plot(x, mean, **style)
-    axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+def line(axis, rows, by, name, within=True, **style):
+    """A line of `name` against `by`, mean ± one standard deviation, as `pooled`; returns the three."""
+    x, mean, std = pooled(rows, by, name, within)
+    band(axis, x, mean, mean - std, mean + std, **style)
+    return x, mean, std
 
 
-def split(rows, column):
-    """Value -> rows, in the order of the first appearance."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row[column]].append(row)
-    return groups
+# Experiments
 
 
 @dataclasses.dataclass
 class Experiment:
     out: str = ""  # name of the csv and the png; default inference_EXPERIMENT_ENV
     from_csv: bool = False  # draw --out again from its csv
+    size = 10, 3.6  # of the figure
 
 
 @dataclasses.dataclass
@@ -257,90 +206,49 @@ class OnRun(Experiment):
     samples: int = 200  # actions of the common noise
 
     def env_id(self):
-        return saved_flags(self.run).env_id
+        return run_args(self.run, "--run", "sac_iterative")[1].env_id
 
 
 @dataclasses.dataclass
 class Improvement(OnRun):
-    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1)."""
+    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1); and
+    the evaluation return with k iterations at test time."""
 
     iters: int = 10  # K
     episodes: int = 5  # per trial
     states: int = 1_000  # at most so many per trial, evenly spaced over the episodes
     name = "fig2"
+    size = 13, 3.6
 
     def measure(self):
         agent, saved, _ = open_run(self.run, self.device, self.seed)
         if not agent.iterative:
-            refuse(f"--run {self.run}: its inference is direct, there is nothing to iterate")
-        returns, states, running = roll_out(agent, saved, self.episodes, self.iters)
+            fail(f"--run {self.run}: its inference is direct, there is nothing to iterate")
+        _, states, running = roll_out(agent, saved, self.episodes, self.iters)
         met = running.sum((1, 2))  # (trials,)
         places = np.linspace(0, met - 1, min(self.states, met.min())).round().astype(int).T  # (trials, n)
-        obs = [state[torch.as_tensor(run)][place] for state, run, place in zip(states, running, places)]
+        obs = [state[torch.as_tensor(on)][place] for state, on, place in zip(states, running, places)]
         obs = torch.stack(obs)  # (trials, n, obs_dim)
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
         value = torch.stack([estimate(agent, obs, params, noise) for params in learned(agent, obs, self.iters)])
-        for k, trial in itertools.product(range(self.iters + 1), range(saved.trials)):
-            now, prior, first = value[k, trial], value[0, trial], value[1, trial]  # (n,)
-            relative = 100 * (now - prior) / prior.abs()
-            yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters, "return": returns[trial].mean(),
-                   **moments("objective", now), **moments("absolute", now - prior), **moments("relative", relative),
-                   "relative_median": relative.median().item(), **moments("from_first", now - first)}
+        for k in range(self.iters + 1):
+            returns = roll_out(agent, saved, self.episodes, k)[0]
+            for trial in range(saved.trials):
+                now, prior, first = value[k, trial], value[0, trial], value[1, trial]  # (n,)
+                relative = 100 * (now - prior) / prior.abs()
+                yield {"trial": trial, "k": k, "trained_iters": saved.inference_iters,
+                       **moments("return", returns[trial]), **moments("objective", now),
+                       **moments("absolute", now - prior), **moments("relative", relative),
+                       "relative_median": relative.median().item(), **moments("from_first", now - first)}
 
     def draw(self, rows, figure):
-        titles = {"absolute": "J̃(λ_k) − J̃(λ_0)", "relative": "… in % of |J̃(λ_0)|", "from_first": "J̃(λ_k) − J̃(λ_1)"}
-        for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
-            k, mean, std = pooled([row for row in rows if name != "from_first" or int(row["k"])], "k", name)
-            band(axis, k, mean, std, marker=".")
+        titles = {"absolute": "J̃(λ_k) − J̃(λ_0)", "relative": "… in % of |J̃(λ_0)|", "from_first": "J̃(λ_k) − J̃(λ_1)",
+                  "return": "evaluation return"}
+        for axis, (name, title) in zip(figure.subplots(1, 4), titles.items()):
+            shown = [row for row in rows if name != "from_first" or int(row["k"])]
+            k, mean, std = line(axis, shown, "k", name, marker=".")
             axis.set(title=title, xlabel=f"iteration k (trained with {rows[0]['trained_iters']})")
-            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over states and trials"
-
-
-@dataclasses.dataclass
-class Curves(Experiment):
-    """Figure 3b: evaluation return against steps and against wall-clock, over the trials; runs of one label count as
-    more trials. A run's clock is that of all its trials side by side, and of whatever else kept the machine busy."""
-
-    runs: tuple[str, ...] = ()  # run directories
-    labels: tuple[str, ...] = ()  # one per run; default: the directories' names
-    name = "fig3b"
-
-    def env_id(self):
-        if not self.runs or len(self.labels) not in (0, len(self.runs)):
-            refuse("--labels: one per run" if self.runs else "--runs: name at least one, or use --from-csv")
-        names = {saved_flags(run, "--runs").env_id for run in self.runs}
-        if len(names) > 1:
-            refuse(f"--runs: of several tasks, {', '.join(sorted(names))}")
-        return names.pop()
-
-    def measure(self):
-        read = lambda run: [(int(row["step"]), row["metric"], float(row["value"]), int(row["trial"]))
-                            for row in csv.DictReader((Path(run) / "metrics.csv").open())]
-        tables, trials = [read(run) for run in self.runs], defaultdict(int)
-        for run, table in zip(self.runs, tables):
-            if not {"time/sps", "eval/return"} <= {metric for _, metric, *_ in table}:
-                refuse(f"--runs {run}: too short, no time/sps or no eval/return in its metrics.csv")
-        for table, label in zip(tables, self.labels or [Path(run).name for run in self.runs]):
-            hours, first = wall_clock([row[:3] for row in table]), trials[label]
-            steps = sorted({step for step, metric, *_ in table if metric == "eval/return"})
-            keep = {*steps[:: max(1, len(steps) // 100)], steps[-1]}
-            for step, metric, value, trial in table:
-                if metric == "eval/return" and step in keep:
-                    trials[label] = max(trials[label], first + trial + 1)
-                    yield {"label": label, "step": step, "trial": first + trial, "hours": hours(step), "return": value}
-
-    def draw(self, rows, figure):
-        axes = figure.subplots(1, 2, sharey=True)
-        for label, group in split(rows, "label").items():
-            steps, mean, std = pooled(group, "step", "return")
-            hours = pooled(group, "step", "hours")[1]
-            band(axes[0], steps, mean, std, label=label)
-            band(axes[1], hours, mean, std)
-            yield (f"{label}: return at step {steps[-1]:.0f}, {hours[-1]:.2f} hours: {mean[-1]:.1f} ± {std[-1]:.1f} "
-                   f"over {len(split(group, 'trial'))} trials")
-        axes[0].set(xlabel="environment steps per trial", ylabel="evaluation return")
-        axes[1].set(xlabel="hours")
-        axes[0].legend(fontsize=8)
+            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over states (episodes) and trials"
 
 
 @dataclasses.dataclass
@@ -363,18 +271,14 @@ class Gap(Experiment):
 
     def env_id(self):
         words = shlex.split(self.flags)
-        own = {word.split("=")[0].replace("_", "-") for word in words} & {
-            "--inference", "--total-steps", "--run-dir", "--resume", "--evaluate"}
-        saved = SAC.parse_args(["--total-steps", str(self.total_steps), *([] if own else words)])
-        for refused, message in (
-            (own, f"--flags: {min(own, default='')} is not for the script alone; the experiment sets it"),
-            (not self.modes, "--modes: name at least one"),
-            (self.run_dir and Path(self.run_dir).exists(), f"--run-dir {self.run_dir}: exists already"),
-            (self.total_steps < self.pieces * saved.learning_starts,
-             f"--pieces {self.pieces}: a piece must not be shorter than --learning-starts {saved.learning_starts}"),
-        ):
-            if refused:
-                refuse(message)
+        for own in ("--inference", "--total-steps", "--run-dir", "--resume", "--evaluate"):
+            if own in self.flags.replace("_", "-"):
+                fail(f"--flags: {own} is not for the script alone; the experiment sets it")
+        if not self.modes or self.run_dir and Path(self.run_dir).exists():
+            fail(f"--run-dir {self.run_dir}: exists already" if self.modes else "--modes: name at least one")
+        saved = SAC.parse_args(["--total-steps", str(self.total_steps), *words])
+        if self.total_steps < self.pieces * saved.learning_starts:
+            fail(f"--pieces {self.pieces}: a piece must not be shorter than --learning-starts {saved.learning_starts}")
         self.run_dir = self.run_dir or str(Path(saved.run_dir).with_name(f"gap_{time.strftime('%Y%m%d-%H%M%S')}"))
         return saved.env_id
 
@@ -383,8 +287,7 @@ class Gap(Experiment):
             run, steps = f"{self.run_dir}/{mode}", self.total_steps * piece // self.pieces
             begin = ["--run-dir", run, "--inference", mode, *shlex.split(self.flags)]
             flags = ["--total-steps", str(steps), *(begin if piece == 1 else ["--resume", run])]
-            command = [sys.executable, str(SCRIPT), *flags]
-            if code := subprocess.run(command).returncode:
+            if code := subprocess.run([sys.executable, str(ROOT / "sac_iterative.py"), *flags]).returncode:
                 sys.exit(code)  # the script has said why
             agent, saved, buffer = open_run(run, self.device, self.seed)
             measured = self.at(agent, buffer_states(buffer, self.states, self.seed))
@@ -411,50 +314,16 @@ class Gap(Experiment):
 
     def draw(self, rows, figure):
         axes = figure.subplots(1, 2)
-        for mode, group in split(rows, "mode").items():
-            for axis, name in zip(axes, ("gap", "share")):
-                steps, mean, std = pooled(group, "step", name, within=False)
-                band(axis, steps, mean, std, marker=".", label=mode)
-                fresh = pooled(group, "step", f"{name}_fresh", within=False)[1]
+        titles = {"gap": "J̃(Adam's best) − J̃(λ_K)", "share": "… as a share of what λ_0 misses"}
+        for axis, (name, title) in zip(axes, titles.items()):
+            for mode, lines in group(rows, "mode").items():
+                steps, mean, std = line(axis, lines, "step", name, within=False, marker=".", label=mode)
+                fresh = pooled(lines, "step", f"{name}_fresh", within=False)[1]
                 axis.plot(steps, fresh, ":", color=axis.lines[-1].get_color())
                 yield (f"{mode}: {name} at step {steps[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials, "
                        f"{fresh[-1]:.4g} on fresh noise")
-        titles = "J̃(Adam's best) − J̃(λ_K)", "… as a share of what λ_0 misses"
-        for axis, title in zip(axes, titles):
             axis.set(title=f"{title}; dotted: fresh noise", xlabel="environment steps per trial")
         axes[0].legend(fontsize=8)
-
-
-@dataclasses.dataclass
-class Iterations(OnRun):
-    """Evaluation return, and J̃ in states of the replay buffer, against the number of iterations at test time."""
-
-    iters: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # numbers of iterations
-    episodes: int = 5  # per trial
-    states: int = 500  # per trial
-    name = "iterations"
-
-    def measure(self):
-        agent, saved, buffer = open_run(self.run, self.device, self.seed)
-        obs = buffer_states(buffer, self.states, self.seed)
-        noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
-        trace = learned(agent, obs, max(self.iters))
-        prior = estimate(agent, obs, trace[0], noise)
-        for k in sorted(set(self.iters)):
-            value, returns = estimate(agent, obs, trace[k], noise), roll_out(agent, saved, self.episodes, k)[0]
-            for trial in range(saved.trials):
-                yield {"trial": trial, "k": k, "trained_iters": agent.iters, **moments("return", returns[trial]),
-                       **moments("objective", value[trial]), **moments("improvement", (value - prior)[trial])}
-
-    def draw(self, rows, figure):
-        titles = {"return": "evaluation return", "improvement": "J̃(λ_k) − J̃(λ_0), replay buffer"}
-        for axis, (name, title) in zip(figure.subplots(1, 2), titles.items()):
-            k, mean, std = pooled(rows, "k", name)
-            band(axis, k, mean, std, marker=".")
-            axis.axvline(int(rows[0]["trained_iters"]), color="black", linestyle=":", linewidth=1)
-            axis.set(title=title, xlabel="iterations at test time (dotted: in training)", xscale="symlog")
-            axis.set_xticks(k, [f"{x:.0f}" for x in k])
-            yield f"{title}: " + ", ".join(f"k={x:.0f}: {m:.4g} ± {s:.2g}" for x, m, s in zip(k, mean, std))
 
 
 @dataclasses.dataclass
@@ -474,23 +343,24 @@ class Landscape(OnRun):
     adam_rate: float = 0.05
     distance: float = 0.1  # of tanh μ, in some dimension, between distinct modes
     name = "landscape"
+    size = 6, 5
 
     def measure(self):
         agent, saved, buffer = open_run(self.run, self.device, self.seed)
         size = agent.prior.shape[-1]
         if self.dims[0] == self.dims[1] or max(self.dims) >= 2 * size:
-            refuse(f"--dims {self.dims[0]} {self.dims[1]}: two different ones below {2 * size}")
+            fail(f"--dims {self.dims[0]} {self.dims[1]}: two different ones below {2 * size}")
         if self.trial >= saved.trials:
-            refuse(f"--trial {self.trial}: the run's trials are 0 to {saved.trials - 1}")
+            fail(f"--trial {self.trial}: the run's trials are 0 to {saved.trials - 1}")
         only_trial(agent, self.trial)
         obs = buffer_states(buffer, self.state + 1, self.seed)[self.trial, self.state].view(1, 1, -1)
         noise = common_noise(obs, self.samples, size, self.seed)
-        obs_of, noise_of = lambda n: obs.expand(-1, n, -1), lambda n: noise.expand(-1, -1, n, -1)  # the same n times
         start = agent.prior.repeat(1, self.starts, 1, 1)
         uniform = torch.rand(self.starts - 1, size, generator=torch.Generator().manual_seed(self.seed))
         start[0, 1:, 0] = (0.95 * (2 * uniform - 1)).atanh().to(obs)
-        trace = learned(agent, obs_of(self.starts), self.iters, start)
-        value = torch.stack([estimate(agent, obs_of(self.starts), params, noise_of(self.starts)) for params in trace])
+        many = obs.expand(-1, self.starts, -1), noise.expand(-1, -1, self.starts, -1)  # the same state, the same draw
+        trace = learned(agent, many[0], self.iters, start)
+        value = torch.stack([estimate(agent, many[0], params, many[1]) for params in trace])
 
         def rows(kind, start, k, params, value):
             """One row per λ (n, 2, action_dim) with its J̃ (n,)."""
@@ -503,26 +373,27 @@ class Landscape(OnRun):
 
         limits = [(-0.99, 0.99) if d < size else (SAC.LOG_STD_MIN, SAC.LOG_STD_MAX) for d in self.dims]
         places = torch.meshgrid(*(torch.linspace(*limit, self.grid) for limit in limits), indexing="ij")
-        points = trace[-1, 0, :1].flatten(-2).repeat(self.grid**2, 1)  # (grid², 2 * action_dim)
+        n = self.grid**2
+        points = trace[-1, 0, :1].flatten(-2).repeat(n, 1)  # (n, 2 * action_dim)
         for d, place in zip(self.dims, places):
             points[:, d] = (place.atanh() if d < size else place).flatten().to(points)
-        points, n = points.view(1, -1, 2, size), self.grid**2
-        over = estimate(agent, obs_of(n), points, noise_of(n))[0]
+        points = points.view(1, n, 2, size)
+        over = estimate(agent, obs.expand(-1, n, -1), points, noise.expand(-1, -1, n, -1))[0]
         yield from rows("grid", itertools.repeat(0), itertools.repeat(0), points[0], over)
         for i in range(min(self.paths, self.starts)):
             yield from rows("path", itertools.repeat(i), itertools.count(), trace[:, 0, i], value[:, 0, i])
-        climbed = adam(agent, obs_of(self.starts), start, self.adam_steps, self.adam_rate, noise_of(self.starts))
+        climbed = adam(agent, many[0], start, self.adam_steps, self.adam_rate, many[1])
         for kind, (params, top) in {"network": (trace[-1], value[-1]), "adam": best(*climbed)}.items():
             modes = distinct_modes(params[0, :, 0].tanh(), top[0], self.distance)
             yield from rows(kind, modes, modes.values(), params[0, [*modes]], top[0, [*modes]])  # k: ends nearby
 
     def draw(self, rows, figure):
-        kinds, axis = split(rows, "kind"), figure.subplots()
+        kinds, axis = group(rows, "kind"), figure.subplots()
         columns = lambda rows, *names: [np.array([float(row[name]) for row in rows]) for name in names]
         x, y, z = columns(kinds["grid"], "x", "y", "objective")
         shape = round(len(x) ** 0.5), -1
         figure.colorbar(axis.contourf(x.reshape(shape), y.reshape(shape), z.reshape(shape), levels=40), label="J̃")
-        for start, path in split(kinds["path"], "start").items():
+        for start, path in group(kinds["path"], "start").items():
             axis.plot(*columns(path, "x", "y"), ".-", color="white" if start == "0" else f"C{start}", linewidth=1)
         styles = {"network": {"facecolors": "none", "edgecolors": "red"}, "adam": {"marker": "x", "color": "red"}}
         for kind, style in styles.items():
@@ -547,90 +418,57 @@ class Optimizers(OnRun):
     name = "optimizers"
 
     def measure(self):
-        if not 2 <= self.elites <= self.population:
-            refuse(f"--elites {self.elites}: allowed are values from 2 to --population {self.population}")
+        if self.elites > self.population:
+            fail(f"--elites {self.elites}: must be at most --population {self.population}")
         agent, saved, buffer = open_run(self.run, self.device, self.seed)
         obs = buffer_states(buffer, self.states, self.seed)
-        start, cost = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * saved.action_samples
+        start, gradients = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * agent.args.action_samples
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
-        runs = {"learned": (cost * agent.iterative, lambda: learned(agent, obs, self.iters))}
-        for rate in self.adam_rates:
-            runs[f"Adam {rate:g}"] = cost, lambda rate=rate: adam(agent, obs, start, self.iters, rate)[0]
-        runs["CEM"] = self.population * saved.action_samples, lambda: cem(
-            agent, obs, start, self.iters, self.population, self.elites)
         first = estimate(agent, obs, start, noise)
-        for name, (cost, trace) in runs.items():
-            for k, params in enumerate(trace()):
+
+        def rows(name, cost, trace):
+            for k, params in enumerate(trace):
                 value = estimate(agent, obs, params, noise)
                 for trial in range(saved.trials):
                     yield {"optimizer": name, "k": k, "trial": trial, "judged_actions": cost * k,
                            **moments("objective", value[trial]), **moments("improvement", (value - first)[trial])}
 
+        yield from rows("learned", gradients * agent.iterative, learned(agent, obs, self.iters))
+        for rate in self.adam_rates:
+            yield from rows(f"Adam {rate:g}", gradients, adam(agent, obs, start, self.iters, rate)[0])
+        means = cem(agent, obs, start, self.iters, self.population, self.elites)
+        yield from rows("CEM", self.population * agent.args.action_samples, means)
+
     def draw(self, rows, figure):
         axes = figure.subplots(1, 2, sharey=True)
-        for name, group in split(rows, "optimizer").items():
-            k, mean, std = pooled(group, "k", "improvement")
+        for name, lines in group(rows, "optimizer").items():
+            k, mean, std = pooled(lines, "k", "improvement")
             axes[0].plot(k, mean, marker=".", label=name)
-            axes[1].plot(pooled(group, "k", "judged_actions")[1], mean, marker=".")
+            axes[1].plot(pooled(lines, "k", "judged_actions")[1], mean, marker=".")
             yield f"{name}: J̃(λ_{k[-1]:.0f}) − J̃(λ_0) {mean[-1]:.4g} ± {std[-1]:.4g} over states and trials"
         axes[0].set(xlabel="iteration", ylabel="J̃(λ_k) − J̃(λ_0), mean over states and trials")
         axes[1].set(xlabel="judged actions per state", xscale="symlog")
         axes[0].legend(fontsize=8)
 
 
-COUNTS_FROM_0 = {"seed", "dims", "trial", "state"}
-
-
-def check(args):
-    """Refuse numbers that cannot work, before anything is opened."""
-    for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
-        low = 0 if field.name in COUNTS_FROM_0 or isinstance(args, Iterations) and field.name == "iters" else 1e-9
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not low <= number < 2**31:
-                refuse(f"{flag} {number}: must be {'at least 0' if low == 0 else 'above 0'} and below 2^31")
-        if value == () and field.name in ("iters", "adam_rates"):
-            refuse(f"{flag}: name at least one")
-    if args.from_csv and not (HERE / "results" / f"{args.out}.csv").is_file():
-        refuse("--from-csv: name with --out one of the tables among the results")
-    if "/" in args.out:
-        refuse(f"--out {args.out}: a name without folders")
-    try:
-        torch.zeros(1, device=getattr(args, "device", "cpu"))
-    except Exception:  # whatever a device that is not there raises
-        refuse(f"--device {args.device}: not there; use cpu")
+LEAST = {"iters": 1, "episodes": 1, "states": 1, "samples": 1, "total_steps": 1, "pieces": 1, "adam_steps": 1,
+         "starts": 1, "grid": 2, "population": 2, "elites": 2, "adam_rate": 1e-9, "adam_rates": 1e-9, "distance": 0,
+         "seed": 0, "dims": 0, "trial": 0, "state": 0, "paths": 0}
 
 
 def main(args):
-    check(args)
-    if not args.from_csv:
-        env_id = args.env_id()
-        args.out = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
-    table = HERE / "results" / f"{args.out}.csv"
-    if not args.from_csv:
-        rows, partial = args.measure(), table.with_suffix(".partial")
-        row = next(rows)
-        short = lambda value: f"{value:.6g}" if isinstance(value, float) else value
-        with partial.open("w", newline="", buffering=1) as file:  # what is cut short leaves what it has
-            writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
-            writer.writeheader()
-            for row in itertools.chain([row], rows):
-                writer.writerow({key: short(value) for key, value in row.items()})
-        partial.replace(table)
-    rows = [*csv.DictReader(table.open())]
-    figure, picture = Figure(figsize=(10, 3.6), layout="constrained"), HERE / "figures" / f"{args.out}.png"
-    if isinstance(args, Landscape):
-        figure.set_size_inches(6, 5)
+    at_least(args, **{name: least for name, least in LEAST.items() if hasattr(args, name)})
+    if args.from_csv:
+        return publish(args.out, None, args.draw, args.size)
     try:
-        lines = [*args.draw(rows, figure)]
-    except KeyError as error:
-        refuse(f"--from-csv: {table.name} has no column {error}; it is of another experiment")
-    figure.suptitle(args.out)
-    figure.savefig(picture, dpi=120)
-    print("\n".join([*lines, f"{table}", f"{picture}"]))
-    return 0
+        torch.zeros(1, device=getattr(args, "device", "cpu"))
+    except Exception:  # whatever a device that is not there raises
+        fail(f"--device {args.device}: not there; use cpu")
+    env_id = args.env_id()
+    name = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
+    return publish(name, args.measure(), args.draw, args.size)
 
 
 if __name__ == "__main__":
-    commands = Improvement | Curves | Gap | Iterations | Landscape | Optimizers
+    commands = Improvement | Gap | Landscape | Optimizers
     sys.exit(main(tyro.cli(commands, description=__doc__.splitlines()[0])))

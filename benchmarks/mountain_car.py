@@ -1,30 +1,25 @@
 """Fig. 4 of the β-VMBPO paper: what a policy does in its own learned dynamics, and what it does in the real ones.
 
-    python benchmarks/grid.py mountain_car                                     # trains; random actions are held at first
+    python benchmarks/grid.py mountain_car                                 # trains
     python benchmarks/mountain_car.py --runs RUN RUN --labels VMBPO β-VMBPO    # writes results/mountain_car*, figures/
     python benchmarks/mountain_car.py --from-csv                               # draws the figure again
 
-Mean trajectories (position, velocity) of the deterministic policy on MountainCarContinuous-v0, under the true dynamics and under
-the learned ones that its actor and critic were trained in (q of the variational scripts, p of MBPO). Optimism is told from
-mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus V(s') of the real next state, from
-the same states and actions; an optimistic model has a positive gap, whatever the policy. The policy's mean standard
-deviation says whether its entropy has collapsed. A mean trajectory ends where half of its episodes have ended.
+Mean trajectories (position, velocity) of the deterministic policy under the true dynamics and under the learned ones
+that its actor and critic were trained in (q of the variational scripts, p of MBPO), as far as half of the episodes go
+on. Optimism is told from mere bang-bang control by the one-step value gap: E[V(s')] under the learned dynamics minus
+V(s') of the real next state, from the same states and actions, positive for an optimistic model whatever the policy.
+The policy's mean standard deviation says whether its entropy has collapsed.
 """
 
-import csv
 import dataclasses
-import importlib.util
-import json
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
+from common import at_least, group, labelled, open_run, publish, say, write
 
-HERE = Path(__file__).resolve().parent
 TASK, GOAL, STEPS = "MountainCarContinuous-v0", 0.45, 999
 
 
@@ -34,20 +29,6 @@ class Args:
     labels: tuple[str, ...] = ()  # their names in the table and the figure
     episodes: int = 50  # per trial and dynamics
     from_csv: bool = False  # draw results/mountain_car.csv again
-
-
-def load_agent(run):
-    """Agent and flags of a run directory."""
-    saved = json.loads((Path(run) / "args.json").read_text())
-    state = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
-    path = next(p for p in (HERE.parent / f"{state['script']}.py", HERE.parent / "baselines" / f"{state['script']}.py") if p.exists())
-    spec = importlib.util.spec_from_file_location(state["script"], path)
-    sys.modules[spec.name] = script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    args = script.Args(**saved | {"device": "cpu"})
-    agent = script.Agent(args, 2, 1)
-    script.load(Path(run) / "checkpoint.pt", args, agent)
-    return agent, args
 
 
 def starts(trials, episodes):
@@ -88,7 +69,7 @@ def roll_out(agent, dynamics, trials, episodes, steps=STEPS):
 
 @torch.no_grad()
 def value_gap(agent, paths, n=500):
-    """E[V(s')] under the learned dynamics minus that of the real next state, and the policy's standard deviation: (trials,)."""
+    """E[V(s')] under the learned dynamics minus that of the real next state; the policy's deviation; (trials,) each."""
     rows = [path[~path.isnan().any(-1)] for path in paths.flatten(1, 2)]
     obs = torch.stack([row[torch.randint(len(row), (n,))] for row in rows])
     action = agent.act(obs)
@@ -97,65 +78,63 @@ def value_gap(agent, paths, n=500):
     return gap.mean((-2, -1)), agent.actor(obs)[1].exp().mean((-2, -1))
 
 
-def draw(rows):
-    """figures/mountain_car.png: velocity against position, one panel per label, true and learned dynamics."""
-    labels = [*dict.fromkeys(row["label"] for row in rows)]
-    figure = Figure(figsize=(3.6 * len(labels), 3.2), layout="constrained")
-    for column, label in enumerate(labels):
-        axes = figure.add_subplot(1, len(labels), column + 1, title=label, xlabel="position", ylabel="velocity")
-        for dynamics, color in (("true", "C0"), ("learned", "C1")):
-            for trial in {row["trial"] for row in rows}:
-                points = [(float(row["position"]), float(row["velocity"])) for row in rows
-                          if (row["label"], row["dynamics"], row["trial"]) == (label, dynamics, trial)]
-                axes.plot(*zip(*points), color=color, lw=1, label=f"{dynamics} dynamics" if trial == min(r["trial"] for r in rows) else None)
-        axes.axvline(GOAL, color="k", ls=":", lw=1)
-        axes.legend(fontsize=7)
-    figure.savefig(HERE / "figures" / "mountain_car.png", dpi=130)
+def mean_path(path, episodes):
+    """Rows of the mean of a trial's episodes (episodes, time, 2), thinned after step 200."""
+    alive = (~path[:, :, 0].isnan()).sum(0).tolist()
+    for t, (x, v) in enumerate(path.nanmean(0).tolist()):
+        if 2 * alive[t] >= episodes and (t < 200 or t % 20 == 0):
+            yield {"step": t, "position": f"{x:.4f}", "velocity": f"{v:.5f}", "alive": alive[t]}
 
 
-def main(args):
-    path = HERE / "results" / "mountain_car.csv"
-    missing = [run for run in args.runs if not (Path(run) / "checkpoint.pt").exists()]
-    refusal = (f"--from-csv: no {path.name} in results" if args.from_csv and not path.exists() else
-               "--runs: none given" if not args.runs and not args.from_csv else
-               f"--runs {missing[0]}: no checkpoint.pt there" if missing else
-               "--labels: as many as --runs" if len(args.labels) != len(args.runs) else
-               "--episodes counts from 1" if args.episodes < 1 else "")
-    if refusal:
-        print(f"mountain_car.py: error: {refusal}", file=sys.stderr)
-        return 2
-    if args.from_csv:
-        draw([*csv.DictReader(path.open())])
-        return 0
-    rows, returns_of = [], []
-    for run, label in zip(args.runs, args.labels):
-        agent, saved = load_agent(run)
-        torch.manual_seed(0)
+def measure(args):
+    """Rows of both tables: mean trajectories; returns and value gaps."""
+    rows, summary = [], []
+    columns = dict.fromkeys(("label", "trial", "dynamics", "return", "std", "goal", "value_gap", "policy_std"), "")
+    for label, run in labelled(args.runs, args.labels):
+        agent, saved, *_ = open_run(run)
         paths = {}
         for dynamics, step in (("true", true_step), ("learned", agent.predict)):
             paths[dynamics], returns = roll_out(agent, step, saved.trials, args.episodes)
-            best = paths[dynamics][..., 0].nan_to_num(-9).amax(-1)
+            reached = (paths[dynamics][..., 0].nan_to_num(-9).amax(-1) >= GOAL).float().mean(-1)
             for trial in range(saved.trials):
-                print(f"{label}, trial {trial}, {dynamics} dynamics: return {returns[trial].mean():.1f} ± {returns[trial].std():.1f}, "
-                      f"the goal in {100 * (best[trial] >= GOAL).float().mean():.0f} % of {args.episodes} episodes", flush=True)
-                going_on = (~paths[dynamics][trial, :, :, 0].isnan()).sum(0).tolist()
-                rows += [{"label": label, "trial": trial, "dynamics": dynamics, "step": t, "position": f"{x:.4f}",
-                          "velocity": f"{v:.5f}", "alive": alive}
-                         for t, ((x, v), alive) in enumerate(zip(paths[dynamics][trial].nanmean(0).tolist(), going_on))
-                         if 2 * alive >= args.episodes and (t < 200 or t % 20 == 0)]
-                returns_of.append({"label": label, "trial": trial, "dynamics": dynamics, "return": f"{returns[trial].mean():.4g}",
-                                   "std": f"{returns[trial].std():.4g}", "goal": f"{(best[trial] >= GOAL).float().mean():.3g}"})
-        for trial, (gap, std) in enumerate(zip(*(x.tolist() for x in value_gap(agent, paths["true"])))):
-            returns_of.append({"label": label, "trial": trial, "value_gap": f"{gap:.3g}", "policy_std": f"{std:.3g}"})
-            print(f"{label}, trial {trial}: one-step value gap {gap:.3g}, standard deviation of the policy {std:.3g}", flush=True)
-    columns = "label", "trial", "dynamics", "return", "std", "goal", "value_gap", "policy_std"
-    for place, names, table in ((path, rows[0].keys(), rows), (path.with_stem("mountain_car_returns"), columns, returns_of)):
-        with place.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
-    draw([{key: str(value) for key, value in row.items()} for row in rows])
-    return 0
+                which = {"label": label, "trial": trial, "dynamics": dynamics}
+                rows += [which | row for row in mean_path(paths[dynamics][trial], args.episodes)]
+                mean, std = returns[trial].mean(), returns[trial].std()
+                found = {"return": f"{mean:.4g}", "std": f"{std:.4g}", "goal": f"{reached[trial]:.3g}"}
+                summary.append(columns | which | found)
+                say(f"{label}, trial {trial}, {dynamics} dynamics: return {mean:.1f} ± {std:.1f}, "
+                    f"the goal in {100 * reached[trial]:.0f} % of {args.episodes} episodes")
+        gaps, deviations = value_gap(agent, paths["true"])
+        for trial in range(saved.trials):
+            found = {"value_gap": f"{gaps[trial]:.3g}", "policy_std": f"{deviations[trial]:.3g}"}
+            summary.append(columns | {"label": label, "trial": trial} | found)
+            say(f"{label}, trial {trial}: one-step value gap {found['value_gap']}, "
+                f"standard deviation of the policy {found['policy_std']}")
+    return rows, summary
+
+
+def draw(rows, figure):
+    """Velocity against position, one panel per label, true and learned dynamics."""
+    labels = group(rows, "label")
+    figure.set_size_inches(3.6 * len(labels), 3.4)
+    for axis, (label, mine) in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels.items()):
+        for (dynamics, trial), path in group(mine, "dynamics", "trial").items():
+            x, v = ([float(row[name]) for row in path] for name in ("position", "velocity"))
+            name = f"{dynamics} dynamics" if trial == mine[0]["trial"] else None
+            axis.plot(x, v, color="C0" if dynamics == "true" else "C1", lw=1, label=name)
+        axis.axvline(GOAL, color="k", ls=":", lw=1)
+        axis.set(title=label, xlabel="position (dotted: the goal)", ylabel="velocity")
+        axis.legend(fontsize=7)
+    return []
+
+
+def main(args):
+    at_least(args, episodes=1)
+    rows = None
+    if not args.from_csv:
+        rows, summary = measure(args)
+        write("mountain_car_returns", summary)
+    return publish("mountain_car", rows, draw, (8, 3.4), "mean trajectory of each trial")
 
 
 if __name__ == "__main__":

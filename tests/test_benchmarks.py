@@ -1,18 +1,22 @@
-"""benchmarks/figures.py, cost.py, speed.py and reference_sac.py do what their docstrings say, on runs made up here."""
+"""What the benchmarks share, and figures.py, tasks.py and peers.py, on runs made up here."""
 
-import csv
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
-import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
-from torch.utils.flop_counter import FlopCounterMode
 
-FIGURES, COST, SPEED, REFERENCE = (load_script(f"benchmarks/{name}") for name in ("figures", "cost", "speed", "reference_sac"))
+sys.path.append(str(ROOT / "benchmarks"))
+import common
+import figures as FIGURES
+import peers as PEERS
+
+from benchmarks import tasks as TASKS
 
 
 @pytest.fixture
@@ -21,23 +25,80 @@ def here(tmp_path, monkeypatch):
     for folder in ("results", "figures", "one", "two"):
         (tmp_path / folder).mkdir()
     for index, run in enumerate(("one", "two")):
-        rows = [f"{step},{trial},{metric},{step + trial + 1000 * index}" for step in range(10, 3010, 10) for trial in (0, 1)
-                for metric in ("eval/return", "model/kl", "loss/critic")]
+        rows = [f"{step},{trial},{metric},{step + trial + 1000 * index}" for step in range(10, 3010, 10)
+                for trial in (0, 1) for metric in ("eval/return", "model/kl", "loss/critic")]
+        rows += [f"{step},-1,time/sps,{50 * (1 + index)}" for step in range(10, 3010, 10)]
         (tmp_path / run / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(rows) + "\n")
-    monkeypatch.setattr(FIGURES, "HERE", tmp_path)
-    monkeypatch.setattr(COST, "HERE", tmp_path / "benchmarks")
-    monkeypatch.setattr(SPEED, "HERE", tmp_path)
+    monkeypatch.setattr(common, "OUT", tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were to be saved."""
+    from matplotlib.figure import Figure
+
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.append(figure))
+    return found
+
+
+# common.py
+
+
+def test_a_table_that_is_cut_short_leaves_the_old_one(here):
+    def rows():
+        yield {"a": 1, "b": 0.123456789}
+        raise RuntimeError
+
+    common.write("made_up", [{"a": 0, "b": 5.0}])
+    with pytest.raises(RuntimeError):
+        common.write("made_up", rows())
+    assert common.read("made_up") == [{"a": "0", "b": "5"}]
+    assert (here / "results/made_up.partial").read_text() == "a,b\n1,0.123457\n"
+
+
+def test_a_run_is_opened_as_it_was_trained(tmp_path):
+    """The same evaluation as the script's own, at the end of a short run; what is no run is refused."""
+    script = load_script("beta_vmbpo")
+    flags = ("--env-id InvertedPendulum-v4 --trials 2 --total-steps 60 --learning-starts 40 --eval-episodes 2 "
+             "--eval-every 60 --hidden-dim 8 --model-dim 8 --rollouts 50 --model-buffer-size 100 --updates-per-step 1 "
+             "--min-first-batches 2 --min-batches 2 --batch-size 8 --device cpu --max-eval-steps 50 --run-dir run")
+    script.main(flags.split())
+    agent, args, buffer, step = common.open_run("run", eval_episodes=1)
+    assert step == 60 and args.trials == 2 and args.eval_episodes == 1 and buffer.rows().shape[1] == 60
+    assert type(agent).__module__ == "beta_vmbpo" and common.run_args("run")[1].hidden_dim == 8
+    for wrong in ({"run": "nowhere"}, {"run": "run", "script": "sac_iterative"}):
+        with pytest.raises(SystemExit, match="2"):
+            common.open_run(**wrong)
+
+
+def test_say_goes_on_when_nobody_listens():
+    code = (f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import common\n"
+            "for i in range(99999): common.say(i)\nsys.stderr.write('end')")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "end" and process.wait(60) == 0
+
+
+def test_committed_results_are_small():
+    tables = [*(ROOT / "benchmarks/results").glob("*.csv")]
+    assert len(tables) > 20 and all(path.stat().st_size <= 200_000 for path in tables)
+
+
+# figures.py
 
 
 def test_figure_and_thinned_csv(here, capsys):
     flags = {"name": "made_up", "metrics": ("eval/return", "model/kl"), "labels": ("A", "B")}
     assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), **flags)) == 0
-    rows = list(csv.DictReader((here / "results/made_up.csv").open()))
+    rows = common.read("made_up")
     steps = {int(row["step"]) for row in rows}
-    assert {row["metric"] for row in rows} == {"eval/return", "model/kl"} and {row["label"] for row in rows} == {"A", "B"}
-    assert len(steps) <= 101 and {10, 3000} <= steps
-    assert all(float(row["value"]) == int(row["step"]) + int(row["trial"]) + 1000 * (row["label"] == "B") for row in rows)
+    assert {row["metric"] for row in rows} == {"eval/return", "model/kl"}
+    assert len(steps) <= 101 and {10, 3000} <= steps and {row["label"] for row in rows} == {"A", "B"}
+    for row in rows:
+        assert float(row["value"]) == int(row["step"]) + int(row["trial"]) + 1000 * (row["label"] == "B")
     assert "A: return at step 3000: 3000.5 ± 0.5 (3000, 3001)" in capsys.readouterr().out
     picture = (here / "figures/made_up.png").read_bytes()
     (here / "figures/made_up.png").unlink()
@@ -45,9 +106,35 @@ def test_figure_and_thinned_csv(here, capsys):
     assert (here / "figures/made_up.png").read_bytes() == picture
 
 
-def test_figure_of_an_experiment(here, monkeypatch):
-    """A panel per task, published points where there are any; runs that share task and label are trials of one curve."""
-    (here / "experiments.toml").write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\n[made_up.runs]\n"x y" = "s.py"\n"β" = "s.py"\n')
+def test_against_hours_and_labels(here, drawn):
+    """Run two is twice as fast; of the labels, the mean of the last quarter of each trial."""
+    runs = (str(here / "one"), str(here / "two"))
+    args = FIGURES.Args(name="made_up", runs=runs, labels=("A", "B"), against=("steps", "hours", "labels"))
+    assert FIGURES.main(args) == 0
+    steps, hours, labels = drawn[0].axes
+    ends = [line.get_xdata()[-1] for axis in (steps, hours) for line in axis.get_lines()]
+    assert ends == pytest.approx([3000, 3000, 1 / 60, 1 / 120], rel=1e-4)
+    assert "mean ± one standard deviation, 2 trials" in steps.get_ylabel() and hours.get_xlabel() == "hours"
+    first, mean, *_ = labels.get_lines()
+    kept = [*range(10, 3001, 30), 3000]
+    expected = np.mean([step for step in kept if step >= 2250])
+    assert [*first.get_ydata()] == pytest.approx([expected, expected + 1])
+    assert [*mean.get_ydata()] == pytest.approx([expected + 0.5])
+
+
+def test_wall_clock_is_the_sum_of_the_intervals():
+    rows = [(100, -1, "time/sps", 50.0), (100, 0, "eval/return", 1.0), (200, -1, "time/sps", 25.0)]
+    hours = FIGURES.wall_clock([*rows, (300, -1, "time/sps", 100.0)])
+    seconds = {0: 0, 50: 1, 100: 2, 150: 4, 200: 6, 300: 7, 350: 7.5}
+    assert {step: 3600 * hours(step) for step in seconds} == pytest.approx(seconds)
+
+
+def test_figure_of_an_experiment(here, drawn, monkeypatch):
+    """A panel per task, published points where there are any; runs of one task and label are trials of one curve."""
+    table = here / "experiments.toml"
+    table.write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\nseeds = [1, 2]\n'
+                     '[made_up.runs]\n"x y" = "s.py"\n"β" = "s.py"\n')
+    monkeypatch.setattr(FIGURES.grid, "Args", functools.partial(FIGURES.grid.Args, table=str(table)))
     for env in ("Hopper-v4", "b/B-v0"):
         for run in ("x_y_s1", "x_y_s2", "β_s1"):
             place = here / "runs/made_up" / env.replace("/", "_") / run
@@ -56,12 +143,11 @@ def test_figure_of_an_experiment(here, monkeypatch):
             steps = range(10_000, 40_000, 10_000) if run == "x_y_s2" else range(10_000, 60_000, 10_000)
             lines = [f"{step},{trial},eval/return,{step + trial}" for step in steps for trial in (0, 1)]
             (place / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(lines) + "\n")
-    drawn = []
-    monkeypatch.setattr(FIGURES.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     assert FIGURES.main(FIGURES.Args(experiment="made_up", runs_dir=str(here / "runs"))) == 0
-    rows = list(csv.DictReader((here / "results/made_up.csv").open()))
+    rows = common.read("made_up")
     assert {row["task"] for row in rows} == {"Hopper-v4", "b/B-v0"} and {row["label"] for row in rows} == {"x y", "β"}
-    assert {row["trial"] for row in rows if row["label"] == "x y"} == {*"0123"} and {row["trial"] for row in rows if row["label"] == "β"} == {*"01"}
+    trials = {label: {row["trial"] for row in rows if row["label"] == label} for label in ("x y", "β")}
+    assert trials == {"x y": {*"0123"}, "β": {*"01"}}
     hopper, other = drawn[0].axes
     assert hopper.get_title() == "Hopper-v4: evaluation return" and other.get_title() == "b/B-v0: evaluation return"
     lines = {line.get_label(): line.get_xdata() for line in other.get_lines()}
@@ -71,32 +157,22 @@ def test_figure_of_an_experiment(here, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [
-    ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs"), ({"from_csv": True}, "--from-csv"), ({"name": "", "runs": ("one",)}, "--name"),
-    ({"runs": ("one",), "labels": ("A", "B")}, "--labels"), ({"experiment": "made_up"}, "--runs-dir"),
-    ({"experiment": "parts"}, "--experiment parts: known are made_up"), ({"experiment": "nothing"}, "--experiment nothing"),
+    ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs nowhere"), ({"from_csv": True}, "--from-csv"),
+    ({"name": "", "runs": ("one",)}, "--name"), ({"runs": ("one",), "labels": ("A", "B")}, "--labels"),
+    ({"experiment": "fig5"}, "--runs-dir"), ({"experiment": "nothing"}, "nothing: not an experiment"),
     ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"),
+    ({"runs": ("one",), "metrics": ("none",)}, "--metrics none"),
+    ({"runs": ("one",), "name": "a/b"}, "a/b"),
 ], ids=str)
 def test_figures_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(here)
-    (here / "experiments.toml").write_text('[made_up]\nenvs = ["A-v0"]\n[made_up.runs]\n"x" = "s.py"\n[parts]\nparts = ["made_up"]\n')
     with pytest.raises(SystemExit) as stopped:
         FIGURES.main(FIGURES.Args(**{"name": "made_up"} | flags))
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0] and not list((here / "results").iterdir())
 
 
-@pytest.mark.parametrize("flags, named", [
-    ({"run_dir": "one"}, "--run-dir one"), ({"env_id": "Nothing-v1"}, "--env-id Nothing-v1"), ({"eval_every": 0}, "--eval-every 0"),
-], ids=str)
-def test_reference_sac_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
-    monkeypatch.chdir(here)
-    with pytest.raises(SystemExit) as stop:
-        REFERENCE.main(REFERENCE.Args(**flags))
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and named in lines[0] and not (here / "runs").exists()
-
-
-def test_spread_over_trials(monkeypatch):
+def test_spread_over_trials():
     """Mean and standard deviation; the interquartile mean of eight trials is the mean of the middle four."""
     values = np.random.default_rng(0).normal(size=(3, 8)) + np.arange(3)[:, None]
     middle, low, high = FIGURES.spread(values, "mean")
@@ -107,66 +183,86 @@ def test_spread_over_trials(monkeypatch):
     assert (low < middle).all() and (middle < high).all()
 
 
-def test_committed_results_are_small_and_draw(here):
-    for path in (ROOT / "benchmarks/results").glob("*.csv"):
-        assert path.stat().st_size <= 200_000, path
+@pytest.mark.parametrize("name", ["half_cheetah", "inference_fig3b_Hopper-v4", "latent_weight"])
+def test_committed_tables_draw(here, name):
+    (here / f"results/{name}.csv").write_bytes((ROOT / f"benchmarks/results/{name}.csv").read_bytes())
+    assert FIGURES.main(FIGURES.Args(from_csv=True, name=name)) == 0 and (here / f"figures/{name}.png").exists()
 
 
-def test_cost_of_a_step_is_the_sum_of_its_parts(here, monkeypatch):
-    (here / "benchmarks/results").mkdir(parents=True)
-    args = COST.Args(scripts=("beta_vmbpo",), env_id="InvertedPendulum-v4", rows=60, repeats=1)
-    script = COST.load
-    small = {"hidden_dim": 8, "model_dim": 8, "batch_size": 8, "rollouts": 50, "model_buffer_size": 100, "min_first_batches": 1}
-
-    def load(name):
-        monkeypatch.setattr(COST, "HERE", ROOT / "benchmarks")
-        module = script(name)
-        monkeypatch.setattr(COST, "HERE", here / "benchmarks")
-        defaults = module.Args
-        monkeypatch.setattr(module, "Args", lambda **flags: defaults(**small, **flags))
-        return module
-
-    monkeypatch.setattr(COST, "load", load)
-    assert COST.main(args) == 0
-    row, = csv.DictReader((here / "benchmarks/results/cost.csv").open())
-    total = float(row["environment_ms"]) + 20 * float(row["update_ms"]) + (float(row["fit_ms"]) + float(row["rollouts_ms"])) / 250
-    assert float(row["step_ms"]) == pytest.approx(total, rel=0.01) and total > 0
-    assert float(row["steps_per_second"]) == pytest.approx(1000 / total, rel=0.01)
+# tasks.py
 
 
-@pytest.mark.parametrize("compare", ["sac", "fit", "inference"])
-def test_floor_is_the_update_without_all_that_is_no_matrix_product(compare, monkeypatch):
-    """PyTorch's own count of operations: the update wastes none, and nobody else's form makes fewer."""
-    monkeypatch.setattr(SPEED, "ROWS", 300)
-    flops = {}
-    for name, make in SPEED.contestants(SPEED.Args(compare=compare, batch_size=64, hidden_dim=64)).items():
-        if not (update := make()):
-            continue
-        update()
-        with FlopCounterMode(display=False) as counter:
-            update()
-        flops[name] = counter.get_total_flops()
-    own, *others = [count for name, count in flops.items() if name != "floor"]
-    assert flops["floor"] <= own <= 1.02 * flops["floor"] and min(others) > 0.99 * own, flops
+def test_noise_reaches_the_dynamics_and_follows_the_seed():
+    """The same action from the same state: next states scatter as actions with noise of 0.3 of their range would."""
+    def after(seed, steps=1):
+        env = gym.make("NoisyInvertedPendulum-v4")  # actions from -3 to 3
+        env.reset(seed=seed)
+        env.unwrapped.set_state(np.zeros(2), np.zeros(2))
+        for _ in range(steps):
+            obs = env.step(np.zeros(1, np.float32))[0]
+        return obs
+
+    exact = gym.make("InvertedPendulum-v4")
+    def speed(force):
+        exact.reset(seed=0)
+        exact.unwrapped.set_state(np.zeros(2), np.zeros(2))
+        return exact.step(np.array([force], np.float32))[0][2]
+
+    speeds = np.array([after(seed)[2] for seed in range(200)])
+    assert speeds.std() == pytest.approx(0.3 * 3 * (speed(0.1) - speed(-0.1)) / 0.2, rel=0.15)
+    assert abs(speeds.mean()) < 3 * speeds.std() / 200**0.5
+    np.testing.assert_array_equal(after(5, 3), after(5, 3))
+    noisy = TASKS.noisy("HalfCheetah-v4")
+    actions = np.array([noisy.action(np.ones(6, np.float32)) for _ in range(20)])
+    assert actions.max() == 1 and 0.3 < (actions < 1).mean() < 0.7 and actions.min() > -1
 
 
-def test_speed_table(here, capsys, monkeypatch):
-    monkeypatch.setattr(SPEED, "contestants", lambda args: {"one": lambda: lambda: None, "two": lambda: lambda: time.sleep(0.002),
-                                                             "not installed": lambda: None})
-    assert SPEED.main(SPEED.Args(blocks=3, updates=2, threads=(1,))) == 0
-    one, two = csv.DictReader((here / "results/speed_sac.csv").open())
-    assert (one["contestant"], one["ratio_to_first"], two["contestant"]) == ("one", "1", "two")
-    assert float(two["ms_per_update"]) >= 2 and float(two["ratio_low"]) > 1
-    assert SPEED.main(SPEED.Args(compare="growth", processes=True)) == 2 and "--processes" in capsys.readouterr().err
-    assert SPEED.main(SPEED.Args(blocks=0)) == 2 and "--blocks" in capsys.readouterr().err
+@pytest.mark.parametrize("task", TASKS.POSITIONS)
+def test_hidden_velocities_are_those_of_active_vem(task):
+    vem = load_script("active_vem")
+    assert TASKS.POSITIONS[task] == vem.POSITIONS[vem.task_name(task)]
+    plain, hidden, stacked = gym.make(task), gym.make(f"Positions{task}"), gym.make(f"Stacked{task}")
+    seen = [plain.reset(seed=3)[0]]
+    first, rows = hidden.reset(seed=3)[0], stacked.reset(seed=3)[0]
+    count = TASKS.POSITIONS[task]
+    np.testing.assert_array_equal(first, seen[0][:count])
+    for _ in range(4):
+        action = plain.action_space.sample()
+        seen.append(plain.step(action)[0])
+        assert hidden.step(action)[0].shape == hidden.observation_space.shape == (count,)
+        rows = stacked.step(action)[0]
+    np.testing.assert_array_equal(rows, np.array(seen)[1:, :count])
 
 
-def test_speed_in_processes_of_their_own(here):
-    """Tiny ones; a peer that is not installed is left out, and neither csv replaces the other."""
-    command = [sys.executable, str(ROOT / "benchmarks/speed.py"), "--compare", "sac", "--processes", "--quick", "--out-dir", str(here)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = {row["contestant"]: row for row in csv.DictReader((here / "results/speed_sac_processes.csv").open())}
-    peer = {"Stable-Baselines3"} if importlib.util.find_spec("stable_baselines3") else set()
-    assert rows.keys() == {"sac_iterative.py", "CleanRL-style", "floor"} | peer and not (here / "results/speed_sac.csv").exists()
-    assert float(rows["floor"]["ms_per_update"]) < float(rows["sac_iterative.py"]["ms_per_update"])
+@pytest.mark.parametrize("task", ["RiskyEdge-v0", "NoisyHalfCheetah-v4", "StackedPendulum-v1"])
+def test_the_scripts_find_the_tasks(monkeypatch, task):
+    monkeypatch.chdir(ROOT)
+    script = load_script("beta_vmbpo")
+    args = script.parse_args(["--env-id", f"benchmarks.tasks:{task}", "--run-dir", "none-such", "--device", "cpu"])
+    envs = script.make_envs(args, 2)
+    obs, _ = envs.reset(seed=[1, 2])
+    assert obs.ndim == 2 and envs.step(envs.action_space.sample())[1].shape == (2,)
+
+
+# peers.py
+
+
+@pytest.mark.parametrize("flags, named", [
+    ({"run_dir": "one"}, "--run-dir one"), ({"env_id": "Nothing-v1"}, "--env-id Nothing-v1"),
+    ({"eval_every": 0}, "--eval-every 0"),
+], ids=str)
+def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
+    monkeypatch.chdir(here)
+    with pytest.raises(SystemExit) as stop:
+        PEERS.main(PEERS.Args(**flags))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and named in lines[0] and not (here / "runs").exists()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("stable_baselines3"), reason="see benchmarks/requirements.txt")
+def test_peers_leave_a_run(here):
+    args = PEERS.Args(env_id="Pendulum-v1", trials=2, total_steps=60, learning_starts=40, eval_every=30,
+                      eval_episodes=1, run_dir="run")
+    assert PEERS.main(args) == 0
+    rows = [row for row in common.metrics_of("run") if row[2] == "eval/return"]
+    assert [row[:2] for row in rows] == [(30, 0), (60, 0), (30, 1), (60, 1)] and len({row[3] for row in rows}) == 4

@@ -1,9 +1,11 @@
-"""benchmarks/grid.py with a made-up script; the two-node test runs where Ray is installed (benchmarks/requirements.txt)."""
+"""benchmarks/grid.py with a made-up script; the two-node test where Ray is installed (benchmarks/requirements.txt)."""
 
+import dataclasses
 import fcntl
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +14,14 @@ import tomllib
 import pytest
 from conftest import ROOT, load_script
 
-GRID = load_script("benchmarks/grid")
+sys.path.append(str(ROOT / "benchmarks"))
+import grid as GRID
+
 SCRIPT = '''
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, signal, sys, time
+stop = []
+signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 p = argparse.ArgumentParser()
 for name in ("env-id", "seed", "run-dir", "resume", "total-steps", "die-at", "pause"):
     p.add_argument(f"--{name}", default="")
@@ -27,15 +34,18 @@ start = int((run / "checkpoint.pt").read_text()) if a.resume else 0
 lines = (run / "metrics.csv").read_text().splitlines() if a.resume else ["step,trial,metric,value"]
 lines = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= start]
 (run / "metrics.csv").write_text("\\n".join([*lines, ""]))
+(run / "args.json").write_text(json.dumps({"total_steps": int(a.total_steps)}))
 with open(run / "metrics.csv", "a", buffering=1) as file:
     for step in range(start + 1, int(a.total_steps) + 1):
         time.sleep(float(a.pause or 0))
-        file.write(f"{step},0,eval/return,{step * 10}\\n")
+        file.write(f"{step},0,eval/return,{step * 10}\\n{step},-1,time/sps,0.5\\n")
         if a.die_at and step == int(a.die_at) and not a.resume:
             os.kill(os.getpid(), 9)
-        if step % 5 == 0 or step == int(a.total_steps):
+        if step % 5 == 0 or step == int(a.total_steps) or stop:
             (run / "checkpoint.tmp").write_text(str(step))
             (run / "checkpoint.tmp").replace(run / "checkpoint.pt")
+        if stop:
+            break
 '''
 
 
@@ -58,98 +68,13 @@ flags = "--total-steps 12 --pause 0"
 
 
 def steps(run_dir):
-    return [int(line.split(",")[0]) for line in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
+    return [int(line.split(",")[0]) for line in (run_dir / "metrics.csv").read_text().splitlines()[1::2]]
 
 
-def test_every_run_of_the_table(args):
-    runs = GRID.runs_of(args)
-    assert len(runs) == 8 and len({tuple(command) for command in runs.values()}) == 8
-    command = runs[GRID.Path(args.runs_dir) / "made_up/b_B-v0/β_=_2_s2"]
-    assert command[1:] == "--env-id b/B-v0 --seed 2 --total-steps 12 --pause 0 --total-steps 7 --die-at 8".split()
-
-
-def test_an_experiment_of_parts_is_their_runs(args, tmp_path):
-    """In the directories that the parts use, so that nothing is trained twice."""
-    table = tmp_path / "table.toml"
-    table.write_text(table.read_text() + f'''
-[other]
-envs = ["A-v0"]
-[other.runs]
-"one" = "{tmp_path}/script.py"
-[both]
-parts = ["other", "made_up"]
-''')
-    parts = [GRID.runs_of(GRID.dataclasses.replace(args, experiment=name)) for name in ("other", "made_up")]
-    assert GRID.runs_of(GRID.dataclasses.replace(args, experiment="both")) == parts[0] | parts[1] and len(parts[0]) == 1
-
-
-def test_the_committed_table_can_be_run(tmp_path):
-    """Every flag of every experiment is one its script accepts; two runs never share a directory."""
-    table, count = tomllib.loads(GRID.TABLE.read_text()), 0
-    scripts = {path: load_script(path.removesuffix(".py")) for path in
-               ("beta_vmbpo.py", "vmbpo.py", "baselines/mbpo.py", "sac_iterative.py", "active_vem.py")}
-    for name, experiment in table.items():
-        runs = GRID.runs_of(GRID.Args(name, runs_dir=str(tmp_path)))
-        parts = [table[part] for part in experiment.get("parts", [name])]
-        assert len(runs) == sum(len(part["envs"]) * len(part["runs"]) * len(part.get("seeds", [1])) for part in parts)
-        for run_dir, command in runs.items():
-            script = os.path.relpath(command[0], ROOT)
-            parsed = scripts[script].parse_args([*command[1:], "--run-dir", str(run_dir)])
-            assert parsed.env_id == command[2]
-            count += 1
-    assert count > 40
-
-
-def test_a_run_is_begun_continued_and_then_left_alone(args):
-    runs = GRID.runs_of(args)
-    run_dir = GRID.Path(args.runs_dir) / "made_up/A-v0/β_=_2_s1"
-    assert GRID.state(run_dir, runs[run_dir]) == "absent"
-    with pytest.raises(RuntimeError, match="code -9"):
-        GRID.train(run_dir, runs[run_dir], 1)
-    assert steps(run_dir) == [*range(1, 9)] and GRID.state(run_dir, runs[run_dir]) == "interrupted"
-    assert GRID.train(run_dir, runs[run_dir], 1) == 0
-    assert steps(run_dir) == [*range(1, 13)] and GRID.state(run_dir, runs[run_dir]) == "finished"
-    before = (run_dir / "metrics.csv").stat().st_mtime_ns
-    assert GRID.train(run_dir, runs[run_dir], 1) == 0 and (run_dir / "metrics.csv").stat().st_mtime_ns == before
-    longer = [*runs[run_dir], "--total-steps", "15"]
-    assert GRID.state(run_dir, longer) == "interrupted"  # the same directory, another command: it goes on
-    assert GRID.train(run_dir, longer, 1) == 0 and steps(run_dir) == [*range(1, 16)]
-
-
-def test_a_run_without_a_checkpoint_begins_anew_and_nothing_is_lost(args):
-    run_dir, command = next(iter(GRID.runs_of(args).items()))
-    run_dir.mkdir(parents=True)
-    (run_dir / "metrics.csv").write_text("step,trial,metric,value\n1,0,eval/return,5\n")
-    assert GRID.train(run_dir, command, 1) == 0 and steps(run_dir) == [*range(1, 13)]
-    kept, = run_dir.parent.glob(f"{run_dir.name}.lost-*")
-    assert steps(kept) == [1]
-
-
-def test_refused_runs_are_not_tried_again(args, tmp_path):
-    table = tmp_path / "table.toml"
-    table.write_text(table.read_text().replace('"A-v0"', '"Wrong-v0"'))
-    run_dir, command = next(iter(GRID.runs_of(args).items()))
-    assert GRID.train(run_dir, command, 1) == 2 and GRID.state(run_dir, command) == "refused"
-
-
-def test_two_never_write_to_one_directory(args):
-    """While a process holds the lock the status says so; a training process inherits it and dies with its parent."""
-    run_dir, command = next(iter(GRID.runs_of(args).items()))
-    run_dir.parent.mkdir(parents=True)
-    with open(f"{run_dir}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert GRID.state(run_dir, command) == "running"
-    slow = [*command, "--pause", "0.05", "--total-steps", "1000"]
-    code = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]\nfrom test_grid import GRID\nGRID.train(GRID.Path({str(run_dir)!r}), {slow!r}, 1)"
-    parent = subprocess.Popen([sys.executable, "-c", code])
-    wait_until(lambda: run_dir.exists() and GRID.last_row(run_dir))
-    assert GRID.state(run_dir, slow) == "running"
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: GRID.state(run_dir, slow) == "interrupted")
-    ended = steps(run_dir)
-    time.sleep(0.3)
-    assert steps(run_dir) == ended
+def named(args, name):
+    """The run of this name."""
+    (run,) = [run for run in GRID.runs_of(args) if str(run.dir).endswith(name)]
+    return run
 
 
 def wait_until(condition, seconds=60):
@@ -160,38 +85,212 @@ def wait_until(condition, seconds=60):
     raise AssertionError("it did not happen")
 
 
-def test_status_and_refusals(args, capsys, tmp_path):
-    args.only = "A-v0/one"
-    run_dir, command = next(iter(GRID.runs_of(args).items()))
-    GRID.train(run_dir, command, 1)
-    assert GRID.main(GRID.dataclasses.replace(args, status=True)) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.split()[:5] == ["finished", "step", "12", "return", "120.0"] and second.startswith("absent")
-    assert json.loads(open(f"{run_dir}.json").read())["code"] == 0
-    for changed, named in (({"experiment": "nothing"}, "nothing: not an experiment"), ({"only": "nowhere"}, "--only"),
-                           ({"table": "none.toml"}, "--table"), ({"retries": -1}, "--retries")):
-        with pytest.raises(SystemExit) as stopped:
-            GRID.main(GRID.dataclasses.replace(args, **changed))
-        lines = capsys.readouterr().err.splitlines()
-        assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0]
+def command_line(args, *flags):
+    """The grid in a process of its own."""
+    command = [sys.executable, ROOT / "benchmarks/grid.py", args.experiment, "--table", args.table]
+    command += ["--runs-dir", args.runs_dir, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def change(args, old, new):
+    """Another text in the table."""
+    path = GRID.Path(args.table)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_every_run_of_the_table_in_its_order(args):
+    runs = GRID.runs_of(args)
+    assert len(runs) == 8 == len({run.dir for run in runs})
+    assert [run.label for run in runs[:4]] == ["one", "one", "β = 2", "β = 2"]
+    command = named(args, "made_up/b_B-v0/β_=_2_s2").command
+    assert command[1:] == "--env-id b/B-v0 --seed 2 --total-steps 12 --pause 0 --total-steps 7 --die-at 8".split()
+    assert GRID.total_steps(named(args, "b_B-v0/one_s1")) == 7
+
+
+def test_an_experiment_of_parts_is_their_runs(args, tmp_path):
+    """In the directories that the parts use, so that nothing is trained twice."""
+    other = f'[other]\nenvs = ["A-v0"]\n[other.runs]\n"one" = "{tmp_path}/script.py"\n'
+    change(args, "[made_up]\n", other + '[both]\nparts = ["other", "made_up"]\n[made_up]\n')
+    parts = [GRID.runs_of(dataclasses.replace(args, experiment=name)) for name in ("other", "made_up")]
+    assert GRID.runs_of(dataclasses.replace(args, experiment="both")) == parts[0] + parts[1] and len(parts[0]) == 1
+
+
+def test_the_committed_table_can_be_run(tmp_path, monkeypatch):
+    """Every flag of every experiment is one its script accepts; two runs never share a directory."""
+    monkeypatch.chdir(ROOT)
+    table, seen = tomllib.loads(GRID.TABLE.read_text()), {}
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    for name, experiment in table.items():
+        runs = GRID.runs_of(GRID.Args(name, runs_dir=str(tmp_path)))
+        parts = [table[part] for part in experiment.get("parts", [name])]
+        assert len(runs) == sum(len(part["envs"]) * len(part["runs"]) * len(part.get("seeds", [1])) for part in parts)
+        for run in runs:
+            if run.dir not in seen:
+                script = load_script(run.command[0].removesuffix(".py"))
+                parse = getattr(script, "parse_args", lambda flags: GRID.tyro.cli(script.Args, args=flags))
+                assert parse([*run.command[1:], "--run-dir", str(run.dir)]).env_id == run.command[2]
+            assert seen.setdefault(run.dir, run.command) == run.command
+    assert len(seen) > 60
+
+
+def test_a_run_is_begun_continued_and_then_left_alone(args):
+    run = named(args, "A-v0/β_=_2_s1")
+    assert GRID.state(run) == "absent" and GRID.train(run, 1, 0) == -9
+    assert steps(run.dir) == [*range(1, 9)] and GRID.state(run) == "interrupted"
+    assert GRID.train(run, 1, 0) == 0
+    assert steps(run.dir) == [*range(1, 13)] and GRID.state(run) == "finished"
+    before = (run.dir / "metrics.csv").stat().st_mtime_ns
+    assert GRID.train(run, 1, 0) == 0 and (run.dir / "metrics.csv").stat().st_mtime_ns == before
+    longer = run._replace(command=[*run.command, "--total-steps", "15"])
+    assert GRID.state(longer) == "interrupted"  # the same directory, another command: it goes on
+    assert GRID.train(longer, 1, 0) == 0 and steps(run.dir) == [*range(1, 16)]
+    another = named(args, "A-v0/β_=_2_s2")
+    assert GRID.train(another, 1, 1) == 0 and steps(another.dir) == [*range(1, 13)]  # it died and was tried again
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_nothing_is_lost(args):
+    run = named(args, "A-v0/one_s1")
+    run.dir.mkdir(parents=True)
+    (run.dir / "metrics.csv").write_text("step,trial,metric,value\n1,0,eval/return,5\n")
+    assert GRID.train(run, 1, 0) == 0 and steps(run.dir) == [*range(1, 13)]
+    kept, = run.dir.parent.glob(f"{run.dir.name}.lost-*")
+    assert steps(kept) == [1]
+
+
+def test_refused_runs_are_not_tried_again(args):
+    change(args, '"A-v0"', '"Wrong-v0"')
+    run = named(args, "Wrong-v0/one_s1")
+    assert GRID.train(run, 1, 5) == 2 and GRID.state(run) == "refused"
+
+
+def test_a_script_that_a_signal_ended_has_not_finished(args):
+    """Though its exit code is 0; and what came to its end without a note is at its end."""
+    change(args, "--pause 0", "--pause 0.2")
+    run = named(args, "A-v0/one_s1")
+    process = command_line(args, "--only", "A-v0/one_s1", "--retries", "0")
+    wait_until(lambda: GRID.last(run.dir))
+    pids = [pid for pid in os.listdir("/proc") if pid.isdigit()]
+    pid, = [pid for pid in pids if str(run.dir).encode() in read_bytes(f"/proc/{pid}/cmdline")]
+    os.kill(int(pid), signal.SIGTERM)
+    assert process.wait(60) == 1 and GRID.state(run) == "interrupted" and "failed with code -1" in process.stdout.read()
+    assert GRID.train(run, 1, 0) == 0 and steps(run.dir) == [*range(1, 13)]
+
+
+def read_bytes(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_all_runs_save_and_end_and_the_same_command_goes_on(args, signum):
+    change(args, "--pause 0", "--pause 0.2")
+    process = command_line(args, "--only", "one", "--jobs", "2")
+    runs = [run for run in GRID.runs_of(args) if run.label == "one"]
+    wait_until(lambda: all(GRID.last(run.dir) for run in runs[:2]))
+    process.send_signal(signum)
+    assert process.wait(30) == 1
+    reached = [steps(run.dir)[-1] for run in runs[:2]]
+    assert [int((run.dir / "checkpoint.pt").read_text()) for run in runs[:2]] == reached  # saved
+    assert [GRID.state(run) for run in runs] == ["interrupted"] * 2 + ["absent"] * 2 and max(reached) < 12
+    assert command_line(args, "--only", "one").wait(60) == 0
+    assert [steps(run.dir)[-1] for run in runs] == [12, 12, 7, 7] and {GRID.state(run) for run in runs} == {"finished"}
+
+
+def test_under_nohup_a_lost_terminal_stops_nothing(args):
+    change(args, "--pause 0", "--pause 0.1")
+    run, before = named(args, "b_B-v0/one_s1"), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = command_line(args, "--only", "b_B-v0/one_s1")  # inherits it
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: GRID.last(run.dir))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0 and GRID.state(run) == "finished"
+
+
+def test_two_never_write_to_one_directory(args):
+    """While a process holds the lock the status says so; a run inherits it, and saves and ends with its parent."""
+    run = named(args, "A-v0/one_s1")
+    run.dir.parent.mkdir(parents=True)
+    with open(f"{run.dir}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert GRID.state(run) == "running"
+    change(args, "--pause 0", "--pause 0.05")
+    change(args, "--total-steps 12", "--total-steps 1000")
+    run = named(args, "A-v0/one_s1")
+    parent = command_line(args, "--only", "A-v0/one_s1")
+    wait_until(lambda: run.dir.exists() and GRID.last(run.dir))
+    assert GRID.state(run) == "running"
+    parent.kill()
+    wait_until(lambda: GRID.state(run) == "interrupted")
+    ended = steps(run.dir)
+    assert int((run.dir / "checkpoint.pt").read_text()) == ended[-1]
+    time.sleep(0.3)
+    assert steps(run.dir) == ended
+
+
+def test_status(args, capsys):
+    args.only = "one_s1"
+    first, second = GRID.runs_of(args)
+    GRID.train(first, 1, 0)
+    assert GRID.main(dataclasses.replace(args, status=True)) == 0
+    done, absent, total = capsys.readouterr().out.splitlines()
+    assert done.split()[:7] == ["finished", "step", "12", "of", "12", "return", "120.0"] and absent.startswith("absent")
+    assert "1 of 2 finished" in total
+    (first.dir / "checkpoint.pt").write_text("5")
+    GRID.Path(f"{first.dir}.json").unlink()
+    rows = (first.dir / "metrics.csv").read_text().splitlines()
+    (first.dir / "metrics.csv").write_text("\n".join(rows[:11]) + "\n")
+    assert [GRID.state(run) for run in (first, second)] == ["interrupted", "absent"]
+    longer = first._replace(command=[*first.command, "--total-steps", "3605"])
+    GRID.print_status(dataclasses.replace(args, jobs=1), [longer, second])
+    to_go, unknown, total = capsys.readouterr().out.splitlines()  # at half a step per second
+    assert " 2.0 h to go" in to_go and " 0.0 h to go" in unknown and "2.0 hours to go with 1 at a time" in total
+
+
+@pytest.mark.parametrize("changed, table, named", [
+    ({"experiment": "nothing"}, "", "nothing: not an experiment"), ({"only": "nowhere"}, "", "--only"),
+    ({"table": "none.toml"}, "", "--table"), ({"retries": -1}, "", "--retries"), ({"jobs": 0}, "", "--jobs"),
+    ({"experiment": "half"}, "[half]\nenvs = []", "[half] needs"),
+    ({"experiment": "half"}, "[half]\nparts = ['none']", "[none] needs"),
+    ({"experiment": "half"}, "[half]\nenvs = []\nruns = 3", "[half] needs"),
+    ({"experiment": "half"}, "half", "--table"),
+], ids=str)
+def test_refuses_in_one_line(args, capsys, changed, table, named):
+    with open(args.table, "a") as file:
+        file.write(f"\n{table}\n")
+    with pytest.raises(SystemExit) as stopped:
+        GRID.main(dataclasses.replace(args, **changed))
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0]
+
+
+@pytest.mark.parametrize("flag", ["--status", "--dry-run"])
+def test_a_reader_that_leaves_is_no_error(args, flag):
+    process = command_line(args, flag)
+    process.stdout.close()
+    assert process.wait(60) == 0
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs ray, see benchmarks/requirements.txt")
-def test_a_node_that_dies_loses_no_more_than_its_last_checkpoint(args, tmp_path):
+def test_a_node_that_dies_loses_no_more_than_its_last_checkpoint(args):
     """Two nodes on loopback, one is killed while its runs are going on: every run ends whole on the other."""
     from ray.cluster_utils import Cluster
 
-    table = tmp_path / "table.toml"
-    table.write_text(table.read_text().replace("--pause 0", "--pause 0.3").replace(" --die-at 8", ""))
+    change(args, "--pause 0", "--pause 0.3")
+    change(args, " --die-at 8", "")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     doomed = cluster.add_node(num_cpus=3)
-    grid = subprocess.Popen([sys.executable, ROOT / "benchmarks/grid.py", "made_up", "--address", cluster.address, "--table",
-                             args.table, "--runs-dir", args.runs_dir, "--only", "A-v0"])
-    runs = {run_dir: command for run_dir, command in GRID.runs_of(args).items() if "A-v0" in str(run_dir)}
-    wait_until(lambda: sum(GRID.last_row(run_dir) is not None for run_dir in runs) >= 2)
+    process = command_line(args, "--address", cluster.address, "--only", "A-v0", "--jobs", "4")
+    runs = [run for run in GRID.runs_of(args) if "A-v0" in str(run.dir)]
+    wait_until(lambda: sum(GRID.last(run.dir) is not None for run in runs) >= 2)
     cluster.remove_node(doomed, allow_graceful=False)
-    wait_until(lambda: any(GRID.state(run_dir, command) == "interrupted" for run_dir, command in runs.items()))
-    assert grid.wait(300) == 0
+    wait_until(lambda: any(GRID.state(run) == "interrupted" for run in runs))
+    assert process.wait(300) == 0
     cluster.shutdown()
-    for run_dir, command in runs.items():
-        assert GRID.state(run_dir, command) == "finished" and steps(run_dir) == [*range(1, 13)]
+    for run in runs:
+        assert GRID.state(run) == "finished" and steps(run.dir) == [*range(1, 13)]

@@ -1,16 +1,20 @@
 """benchmarks/inference.py against closed forms, brute force and the script's evaluation; a small run of each."""
 
-import csv
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script
 
-SAC, INF = load_script("sac_iterative"), load_script("benchmarks/inference")
+sys.path.append(str(ROOT / "benchmarks"))
+import common
+import inference as INF
+
+SAC = load_script("sac_iterative")
 OBS, ACT, PRIOR_STD, CURVE = 3, 2, 1.5, 3.0
 both = pytest.mark.parametrize("inference", ["iterative", "direct"])
 
@@ -178,13 +182,6 @@ def test_distinct_modes():
 # Tables
 
 
-def test_wall_clock_is_the_sum_of_the_intervals():
-    rows = [(100, "time/sps", 50.0), (100, "eval/return", 1.0), (200, "time/sps", 25.0), (300, "time/sps", 100.0)]
-    hours = INF.wall_clock(rows)
-    seconds = {0: 0, 50: 1, 100: 2, 150: 4, 200: 6, 300: 7, 350: 7.5}
-    assert {step: 3600 * hours(step) for step in seconds} == pytest.approx(seconds)
-
-
 def test_pooled_spread_is_that_of_all_states_and_trials():
     values = torch.randn(2, 3, 7)  # (k, trials, states)
     rows = [{"k": k, **INF.moments("x", values[k, trial])} for k in (1, 0) for trial in range(3)]
@@ -212,8 +209,7 @@ def runs(tmp_path_factory):
     found = {}
     for inference in ("iterative", "direct"):
         found[inference] = str(tmp_path_factory.mktemp("runs") / inference)
-        flags = SMALL | {"inference": inference, "run_dir": found[inference], "trials": 2}
-        assert SAC.main(SAC.parse_args(words(flags))) == 0
+        SAC.main(words(SMALL | {"inference": inference, "run_dir": found[inference], "trials": 2}))
     return found
 
 
@@ -221,7 +217,7 @@ def runs(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     for folder in ("results", "figures"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(INF, "HERE", tmp_path)
+    monkeypatch.setattr(common, "OUT", tmp_path)
     return tmp_path
 
 
@@ -233,18 +229,17 @@ def command(here, args, name):
     picture.unlink()
     assert INF.main(type(args)(from_csv=True, out=name)) == 0 and picture.read_bytes() == before
     assert [path.name for path in (here / "results").iterdir()] == [f"{name}.csv"]
-    return [*csv.DictReader((here / f"results/{name}.csv").open())]
+    return common.read(name)
 
 
 def test_roll_out_is_the_evaluation_of_the_script(runs):
     agent, saved, buffer = INF.open_run(runs["iterative"], "cpu", 0)
-    saved = dataclasses.replace(saved, trials=2)
     returns, met, running = INF.roll_out(agent, saved, 2, agent.iters)
-    np.testing.assert_allclose(returns, SAC.evaluate(agent, SAC.make_envs("Pendulum-v1", 4), saved)[0])
+    np.testing.assert_allclose(returns, SAC.evaluate(agent, SAC.make_envs(saved, 4), saved)["eval/return"])
     assert met.shape == (2, 200, 2, OBS) and running.shape == (2, 200, 2) and running.all()
     obs = INF.buffer_states(buffer, 40, 0)
     stored = buffer.storage[:, :60, :OBS]
-    assert int(buffer.count) == 60 and (obs[:, :, None] == stored[:, None]).all(-1).any(-1).all()
+    assert buffer.rows().shape[1] == 60 and (obs[:, :, None] == stored[:, None]).all(-1).any(-1).all()
     noise, one = INF.common_noise(obs, 5, 1, 0), INF.open_run(runs["iterative"], "cpu", 0)[0]
     INF.only_trial(one, 1)
     params = INF.learned(agent, obs, 2)[-1]
@@ -262,19 +257,10 @@ def test_improvement(runs, here):
         assert float(row["absolute"]) == pytest.approx(now - prior, abs=1e-4)
         assert float(row["from_first"]) == pytest.approx(now - first, abs=1e-4)
         assert k or {row[name] for name in ("absolute", "absolute_std", "relative", "relative_std")} == {"0"}
-
-
-def test_curves(runs, here):
-    args = INF.Curves(runs=(runs["iterative"], runs["direct"], runs["direct"]), labels=("A", "B", "B"))
-    rows = command(here, args, "inference_fig3b_Pendulum-v1")
-    assert {(row["label"], int(row["step"]), int(row["trial"])) for row in rows} == {
-        (label, step, trial) for label, trials in (("A", 2), ("B", 4)) for step in (30, 60) for trial in range(trials)}
-    logged = [*csv.DictReader(open(runs["iterative"] + "/metrics.csv"))]
-    assert [row["return"] for row in rows if row["label"] == "A"] == [
-        row["value"] for row in logged if row["metric"] == "eval/return"]
-    parts = [row for row in logged if row["metric"].startswith("time/") and row["metric"] != "time/sps"]
-    seconds = sum(float(row["value"]) for row in parts)
-    assert 3600 * float(rows[3]["hours"]) == pytest.approx(seconds, rel=1e-4) and rows[3]["step"] == "60"
+    agent, saved, _ = INF.open_run(runs["iterative"], "cpu", 0)
+    for k in (0, 2):
+        returns = INF.roll_out(agent, saved, 1, k)[0].mean(1)
+        assert [float(table[k, trial]["return"]) for trial in range(2)] == pytest.approx(returns, rel=1e-5)
 
 
 def test_gap(here):
@@ -292,19 +278,9 @@ def test_gap(here):
         assert json.load(file)["total_steps"] == 50
 
 
-def test_iterations(runs, here):
-    for inference in ("iterative", "direct"):
-        args = INF.Iterations(run=runs[inference], iters=(0, 1, 2), episodes=1, states=5, samples=9, out=inference)
-        rows = command(here, args, inference)
-        (here / f"results/{inference}.csv").unlink()
-        assert [(row["k"], row["trial"]) for row in rows] == [(k, trial) for k in "012" for trial in "01"]
-        same = [all(rows[i][name] == rows[i + 2][name] for name in ("return", "objective")) for i in range(4)]
-        assert same == [False, False] + [inference == "direct"] * 2
-
-
 def test_landscape(runs, here):
     args = INF.Landscape(run=runs["iterative"], trial=1, iters=3, samples=9, starts=4, paths=2, grid=5, adam_steps=30)
-    kinds = INF.split(command(here, args, "inference_landscape_Pendulum-v1"), "kind")
+    kinds = INF.group(command(here, args, "inference_landscape_Pendulum-v1"), "kind")
     assert (len(kinds["grid"]), len(kinds["path"])) == (25, 8)
     assert sum(int(row["k"]) for row in kinds["adam"]) == 4 == sum(int(row["k"]) for row in kinds["network"])
     agent, _, buffer = INF.open_run(runs["iterative"], "cpu", 0)
@@ -320,7 +296,7 @@ def test_landscape(runs, here):
 def test_optimizers(runs, here):
     args = INF.Optimizers(run=runs["iterative"], iters=3, states=4, samples=9, adam_rates=(0.1,), population=6,
                           elites=2)
-    rows = INF.split(command(here, args, "inference_optimizers_Pendulum-v1"), "optimizer")
+    rows = INF.group(command(here, args, "inference_optimizers_Pendulum-v1"), "optimizer")
     assert [*rows] == ["learned", "Adam 0.1", "CEM"] and {len(group) for group in rows.values()} == {8}
     assert len({tuple(row["objective"] for row in group[:2]) for group in rows.values()}) == 1  # all from the prior
     assert [group[-1]["judged_actions"] for group in rows.values()] == ["24", "24", "72"]
@@ -330,8 +306,6 @@ def test_optimizers(runs, here):
     (INF.Improvement(), "--run"), (INF.Improvement(run="nowhere"), "--run nowhere"),
     (INF.Improvement(run="direct"), "--run"), (INF.Improvement(run="iterative", iters=0), "--iters 0"),
     (INF.Improvement(from_csv=True), "--from-csv"),
-    (INF.Iterations(run="iterative", iters=(1, -1)), "--iters -1"), (INF.Iterations(iters=()), "--iters"),
-    (INF.Curves(), "--runs"), (INF.Curves(runs=("iterative",), labels=("A", "B")), "--labels"),
     (INF.Landscape(run="iterative", dims=(0, 2)), "--dims 0 2"), (INF.Landscape(run="iterative", trial=2), "--trial 2"),
     (INF.Optimizers(run="iterative", elites=1), "--elites 1"), (INF.Optimizers(device="abacus"), "--device abacus"),
     (INF.Gap(flags="--env-id Pendulum-v1 --resume x"), "--resume"), (INF.Gap(flags="--tau 2"), "--tau 2"),
@@ -340,8 +314,6 @@ def test_optimizers(runs, here):
 def test_refused_in_one_line(runs, here, args, named, capsys):
     if getattr(args, "run", ""):
         args = dataclasses.replace(args, run=runs.get(args.run, args.run))
-    if getattr(args, "runs", ()):
-        args = dataclasses.replace(args, runs=tuple(runs[run] for run in args.runs))
     with pytest.raises(SystemExit) as stop:
         INF.main(args)
     (line,) = capsys.readouterr().err.splitlines()

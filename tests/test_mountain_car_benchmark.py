@@ -1,14 +1,18 @@
 """benchmarks/mountain_car.py: the task's dynamics, trajectories and the value gap against what is known."""
 
-import csv
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script
 
-CAR, MBPO = load_script("benchmarks/mountain_car"), load_script("baselines/mbpo")
+sys.path.append(str(ROOT / "benchmarks"))
+import common
+import mountain_car as CAR
+
+MBPO = load_script("baselines/mbpo")
 
 
 def test_true_step_is_the_task():
@@ -48,21 +52,27 @@ def test_gap_of_a_model_that_is_right_and_of_one_that_hopes():
 
 
 def test_figure_and_table(tmp_path, monkeypatch, capsys):
-    for folder in ("results", "figures", "run"):
+    for folder in ("results", "figures"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "run/checkpoint.pt").touch()
     args = MBPO.Args(hidden_dim=8, model_dim=8, trials=2, device="cpu")
-    monkeypatch.setattr(CAR, "load_agent", lambda run: (MBPO.Agent(args, 2, 1), args))
-    monkeypatch.setattr(CAR, "HERE", tmp_path)
+    monkeypatch.setattr(CAR, "open_run", lambda run: (MBPO.Agent(args, 2, 1), args, None, 0))
+    monkeypatch.setattr(common, "OUT", tmp_path)
     monkeypatch.setattr(CAR.roll_out, "__defaults__", (20,))
-    flags = {"runs": (str(tmp_path / "run"),), "labels": ("new",), "episodes": 3}
-    assert CAR.main(CAR.Args(**flags)) == 0
+    assert CAR.main(CAR.Args(runs=("run",), labels=("new",), episodes=3)) == 0
     assert capsys.readouterr().out.count("value gap") == 2
-    rows = [*csv.DictReader((tmp_path / "results/mountain_car.csv").open())]
+    rows = common.read("mountain_car")
     assert {row["dynamics"] for row in rows} == {"true", "learned"} and all(2 * int(row["alive"]) >= 3 for row in rows)
-    returns = [*csv.DictReader((tmp_path / "results/mountain_car_returns.csv").open())]
+    returns = common.read("mountain_car_returns")
     assert len(returns) == 6 and sum(row["value_gap"] != "" for row in returns) == 2
     picture = (tmp_path / "figures/mountain_car.png").read_bytes()
     assert CAR.main(CAR.Args(from_csv=True)) == 0 and (tmp_path / "figures/mountain_car.png").read_bytes() == picture
-    for wrong, named in (({"runs": ()}, "--runs"), ({"labels": ()}, "--labels"), ({"episodes": 0}, "--episodes")):
-        assert CAR.main(CAR.Args(**flags | wrong)) == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, named", [
+    ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs nowhere"), ({"runs": ("a",), "labels": ("a", "b")}, "--labels"),
+    ({"episodes": 0}, "--episodes"),
+], ids=str)
+def test_refuses_in_one_line(capsys, flags, named):
+    with pytest.raises(SystemExit, match="2"):
+        CAR.main(CAR.Args(**flags))
+    assert named in capsys.readouterr().err

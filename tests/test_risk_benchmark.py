@@ -1,7 +1,7 @@
-"""benchmarks/risk.py: the task's numbers, its optimum against a simulation of the policy it implies, the analysis of a run."""
+"""benchmarks/risk.py: the task's numbers, its optimum against a simulation of its policy, the analysis of a run."""
 
-import csv
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +9,17 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 
-RISK = load_script("benchmarks/risk")
+sys.path.append(str(ROOT / "benchmarks"))
+import common
+import risk as RISK
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for folder in ("results", "figures"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    return tmp_path
 
 
 def test_what_leaving_pays():
@@ -65,43 +75,36 @@ def test_walk_and_edges():
         assert earned == pytest.approx(-0.1 * steps + 100 * RISK.edge(path)[1] / 7)
 
 
-def test_table_of_a_run(tmp_path, monkeypatch, capsys):
-    sac = load_script("sac_iterative")
-    for folder in ("results", "figures"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.setattr(RISK, "load_agent", lambda run: (sac.Agent(args, 2, 2), args))
-    monkeypatch.setattr(RISK, "HERE", tmp_path)
-    args = sac.Args(hidden_dim=8, trials=2, action_samples=1, inference="direct", device="cpu")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoint.pt").touch()
-    assert RISK.main(RISK.Args(runs=(str(tmp_path / "run"),), labels=("new",), episodes=5)) == 0
-    rows = list(csv.DictReader((tmp_path / "results/risk.csv").open()))
-    assert [row["trial"] for row in rows] == ["0", "1"] and (tmp_path / "figures/risk.png").exists()
-    assert all(sum(float(row[way]) for way in ("left", "right", "top", "bottom", "nowhere")) == pytest.approx(1) for row in rows)
-    for wrong, named in (({"runs": ()}, "--runs"), ({"runs": ("none",)}, "--runs none"), ({"labels": ()}, "--labels"),
-                         ({"episodes": 0}, "--episodes"), ({"optimum": True, "gamma": 1.1}, "--gamma 1.1")):
-        assert RISK.main(RISK.Args(**{"runs": (str(tmp_path / "run"),), "labels": ("new",)} | wrong)) == 2
-        assert named in capsys.readouterr().err
+def test_table_of_a_run(here, monkeypatch, capsys):
+    mbpo = load_script("baselines/mbpo")
+    args = mbpo.Args(hidden_dim=8, model_dim=8, trials=2, device="cpu")
+    monkeypatch.setattr(RISK, "open_run", lambda run: (mbpo.Agent(args, 2, 2), args, None, 0))
+    flags = {"runs": ("run",), "labels": ("new",), "episodes": 5}
+    assert RISK.main(RISK.Args(**flags)) == 0
+    assert "new: return" in capsys.readouterr().out
+    rows = common.read("risk")
+    assert [row["trial"] for row in rows] == ["0", "1"] and (here / "figures/risk.png").exists()
+    assert all(sum(float(row[way]) for way in (*RISK.EDGES, "nowhere")) == pytest.approx(1) for row in rows)
 
 
-def test_the_scripts_find_the_task(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    args = load_script("beta_vmbpo").parse_args(["--env-id", "benchmarks.risk:RiskyEdge-v0", "--run-dir", "none-such"])
-    assert args.env_id == "benchmarks.risk:RiskyEdge-v0"
+@pytest.mark.parametrize("flags, named", [
+    ({}, "--runs"), ({"runs": ("none",)}, "--runs none"), ({"runs": ("none",), "labels": ("a", "b")}, "--labels"),
+    ({"episodes": 0}, "--episodes 0"), ({"optimum": True, "gamma": 1.1}, "--gamma 1.1"),
+    ({"reward_fit": True, "steps": 10}, "--steps 10"), ({"reward_fit": True, "batches": 0}, "--batches 0"),
+], ids=str)
+def test_refuses_in_one_line(here, capsys, flags, named):
+    with pytest.raises(SystemExit, match="2"):
+        RISK.main(RISK.Args(**flags))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and named in lines[0] and not [*(here / "results").iterdir()]
 
 
-def test_reward_fit(tmp_path, monkeypatch, capsys):
+def test_reward_fit(here):
     """True rewards against the normal distribution's; the fits, of a few rows here, have the same places."""
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(RISK, "HERE", tmp_path)
-    monkeypatch.setattr(RISK, "load_script", lambda name: load_script("baselines/mbpo"))
     assert RISK.main(RISK.Args(reward_fit=True, steps=400, batches=2)) == 0
-    rows = [*csv.DictReader((tmp_path / "results/risk_reward_fit.csv").open())]
+    rows = common.read("risk_reward_fit")
     rewards = {(row["weight"], float(row["x"]), float(row["y"])): float(row["reward"]) for row in rows}
     assert len(rows) == 4 * len(RISK.PLACES) and {row["weight"] for row in rows} == {"true", "0", "0.5", "1"}
-    beyond = 0.5 * (1 + math.erf(1 / 2**0.5))  # a move by 1 towards an edge half a step away, noise 0.5: one deviation beyond
+    beyond = 0.5 * (1 + math.erf(1 / 2**0.5))  # a move by 1 towards an edge half a step away ends one deviation beyond
     assert rewards["true", 6.5, 0] == pytest.approx(-100 * beyond - 0.1, abs=1) and rewards["true", 0, 0] == -0.1
     assert rewards["true", 5, -6.5] == pytest.approx(rewards["true", -5, -6.5], abs=1)
-    for flags in ({"steps": 10}, {"batches": 0}):
-        assert RISK.main(RISK.Args(reward_fit=True, **flags)) == 2 and "--steps counts from 300" in capsys.readouterr().err

@@ -1,199 +1,182 @@
-"""benchmarks/speed.py: every comparison runs at tiny sizes, its tables add up, and it refuses what cannot work."""
+"""benchmarks/speed.py: contestants do what their rows say, take turns in processes of their own, and tables add up."""
 
-import csv
-import dataclasses
+import importlib.util
 import math
 import subprocess
 import sys
-from itertools import product
 
 import pytest
 import torch
 from conftest import ROOT, load_script
-from torch.utils.flop_counter import FlopCounterMode
 
-SPEED = load_script("benchmarks/speed")
-PLACE = ["torch", "machine", "date"]
-PARTS = ["ms_per_update", "ms_low", "ms_high", "ms_per_fit_minibatch", "ms_per_step", "environment_ms", "fit_ms",
-         "rollouts_ms", "updates_per_second", "floor_share", "peak_mb"]
-MODEL_BASED = ["baselines/mbpo.py", "vmbpo.py", "beta_vmbpo.py"]
+sys.path.append(str(ROOT / "benchmarks"))
+import common
+import speed as SPEED
 
-
-def table(path):
-    with path.open() as file:
-        return [*csv.DictReader(file)]
+COLUMNS = ["table", "row", "threads", "blocks", "ms", "ms_low", "ms_high", "per_second", "peer_ms", "ratio",
+           "ratio_low", "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low", "same_ratio_high", "peak_mb",
+           "precision", "device", "torch", "machine", "date", "commit"]
+SMALL = {key: value for key, value in SPEED.TINY.items() if not key.startswith("window")}
 
 
-def positive(row, columns):
-    return all(math.isfinite(float(row[column])) and float(row[column]) > 0 for column in columns)
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "OUT", tmp_path)  # speed.py sets it; set back at the end
+    return tmp_path / "out"
 
 
-def quick(tmp_path, compare, **flags):
-    """The exit code of a comparison at tiny sizes."""
-    return SPEED.main(SPEED.Args(compare=compare, quick=True, out_dir=str(tmp_path / "out"), **flags))
+def counted(monkeypatch, agent, *names):
+    """How often each method is called."""
+    calls = dict.fromkeys(names, 0)
+
+    def count(name, method):
+        def counting(*args):
+            calls[name] += 1
+            return method(*args)
+        return counting
+
+    for name in names:
+        monkeypatch.setattr(agent, name, count(name, getattr(agent, name)))
+    return calls
 
 
-@pytest.mark.parametrize("compare", ["sac", "fit", "inference"])
-def test_peers(tmp_path, compare):
-    assert quick(tmp_path, compare) == 0
-    rows = table(tmp_path / f"out/results/speed_{compare}.csv")
-    assert [*rows[0]] == ["compare", "contestant", "threads", "device", "batch_size", "hidden_dim", "trials",
-                          "ms_per_update", "ratio_to_first", "ratio_low", "ratio_high", "blocks", *PLACE]
-    own = {"sac": "sac_iterative.py", "fit": "baselines/mbpo.py", "inference": "direct, K=1, 10 samples"}[compare]
-    assert rows[0]["contestant"] == own and rows[-1]["contestant"] == "floor" and rows[0]["ratio_to_first"] == "1"
-    assert all(positive(row, ("ms_per_update", "ratio_to_first", "ratio_low", "ratio_high")) for row in rows)
+def contestant(monkeypatch, contestant, *names):
+    """Its call, and how often its agent's methods are called from now on."""
+    kept, prepare = [], SPEED.prepare
+    monkeypatch.setattr(SPEED, "prepare", lambda contestant: kept.append(prepare(contestant)) or kept[-1])
+    call = SPEED.KINDS[contestant.kind](contestant)
+    return call, counted(monkeypatch, kept[0][2], *names)
 
 
-def test_place_and_time():
-    place = SPEED.place("cpu")
-    assert [*place] == PLACE and place["torch"] == torch.__version__ and place["machine"]
-    assert [len(part) for part in place["date"].split("-")] == [4, 2, 2]
+# Contestants
 
 
-# scripts
+def test_an_update_is_one(monkeypatch):
+    call, calls = contestant(monkeypatch, SPEED.update("sac_iterative", 300, hidden_dim=8, **SPEED.SAC), "update")
+    call()
+    assert calls == {"update": 1}
 
 
-def test_scripts_in_processes_of_their_own(tmp_path, capsys):
-    assert quick(tmp_path, "scripts", script_trials=(1,)) == 0
-    rows = table(tmp_path / "out/results/speed_scripts.csv")
-    columns = ["script", "setting", "trials", "device", "threads", *PARTS, "updates_per_step", "blocks", *PLACE]
-    assert [*rows[0]] == columns
-    assert [(row["script"], row["setting"]) for row in rows] == [
-        ("sac_iterative.py", "direct, uniform, 1 sample"), ("sac_iterative.py", "iterative, 10 samples"),
-        *((script, "") for script in MODEL_BASED), ("active_vem.py", "")]
-    empty = lambda row: {column for column in PARTS if not row[column]}
-    for row in rows:
-        model = {"ms_per_fit_minibatch", "rollouts_ms"} if row["script"] not in MODEL_BASED else set()
-        of_its_own = {"sac_iterative.py": {"fit_ms"}, "active_vem.py": {"floor_share"}}
-        assert empty(row) == model | of_its_own.get(row["script"], set())
-        assert positive(row, {*PARTS} - empty(row)) and row["device"] == "cpu" and all(row[column] for column in PLACE)
-        assert 100 < float(row["peak_mb"]) < 5000
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and {len(line) for line in lines} == {len(head)} and lines[-1].startswith("active_vem.py ")
+def test_a_fit_has_a_hundred_minibatches(monkeypatch):
+    """For each of which a part of its time counts, and of each trial."""
+    own = SPEED.fit(trials=2, **{key: value for key, value in SMALL.items() if key not in SPEED.HUNDRED})
+    own.rows = 300
+    call, calls = contestant(monkeypatch, own, "model_loss", "fit_model")
+    call()
+    call()
+    assert calls == {"model_loss": 200, "fit_model": 2} and (own.calls, own.parts) == (1, 200)
 
 
-@pytest.mark.parametrize("name, every", [("sac", 1), ("mbpo", 250), ("beta_vmbpo", 250)])
-def test_step_is_the_sum_of_its_parts(tmp_path, name, every):
-    assert quick(tmp_path, "scripts", scripts=(name,), script_trials=(2,)) == 0
-    (row,) = table(tmp_path / "out/results/speed_scripts.csv")
-    value = lambda column: float(row[column] or 0)
-    shared = (value("fit_ms") + value("rollouts_ms")) / every
-    step = value("environment_ms") + value("updates_per_step") * value("ms_per_update") + shared
-    assert value("ms_per_step") == pytest.approx(step, rel=0.01) and row["trials"] == "2"
-    assert value("updates_per_second") == pytest.approx(2000 / value("ms_per_update"), rel=0.01)
-    if name != "sac":  # 10,000 rows less a fifth, five times, in minibatches of 16, are more than 800
-        assert value("fit_ms") > 0.99 * 800 * value("ms_per_fit_minibatch")
+def test_steps_are_those_of_the_script_s_loop(monkeypatch):
+    """A fit first, then one every fit_every steps, roll-outs after each, updates and the dual step at every step."""
+    names = "fit_model", "imagine", "act", "update", "update_beta"
+    flags = SMALL | {"fit_every": 4, "updates_per_step": 3, "env_id": "InvertedPendulum-v4"}
+    call, calls = contestant(monkeypatch, SPEED.steps("beta_vmbpo", 300, **flags), *names)
+    for _ in range(8):
+        call()
+    assert calls == {"fit_model": 2, "imagine": 2, "act": 8, "update": 24, "update_beta": 8}
 
 
-@pytest.mark.parametrize("rows, batches", [(200, 10), (1_000, 50), (5_000, 60)])
-@pytest.mark.parametrize("name", ["baselines/mbpo", "vmbpo"])
-def test_minibatches_of_a_fit_are_the_script_s(monkeypatch, name, rows, batches):
-    script = load_script(name)
-    flags = script.Args(device="cpu", batch_size=80, model_dim=4, hidden_dim=4, min_batches=3, min_first_batches=1,
-                        max_batches=60)
-    agent = script.Agent(flags, 3, 1)
-    buffer = SPEED.fill(script.ReplayBuffer(1, rows, 3, 1, "cpu"), rows)
-    agent.fit_model(buffer)  # the first has a rule of its own
-    seen, model_loss = [], agent.model_loss
-    monkeypatch.setattr(agent, "model_loss", lambda *columns: seen.append(0) or model_loss(*columns))
-    agent.fit_model(buffer)
-    assert len(seen) == SPEED.fit_batches(flags, rows) == batches
-    SPEED.minibatch(agent, buffer)()
-    assert len(seen) == batches + 1
+def test_buffers_are_filled_as_asked():
+    """To the last row."""
+    for rows, expected in ((300, 300), (0, 400)):
+        buffer = SPEED.prepare(SPEED.steps("beta_vmbpo", rows, **SMALL))[3][0]
+        obs, action, *_, terminated, log_ratio = buffer.rows().split(buffer.widths, -1)
+        assert buffer.rows().shape[1] == expected and action.abs().max() <= 1 and obs.std() > 0.9
+        assert not terminated.any() and not log_ratio.any()
 
 
-@pytest.mark.parametrize("name, iters, samples", [("sac", 0, 0), ("iterative", 2, 10), ("mbpo", 0, 0), ("vmbpo", 0, 0)])
-def test_floor_is_all_matrix_products_of_the_script_s_update(name, iters, samples):
-    """As PyTorch counts operations: those of the update, up to what it does beside them."""
-    args = SPEED.Args(compare="sac", trials=2, quick=True)
-    flags, parts = SPEED.script_parts(args, name)
-    args = dataclasses.replace(args, batch_size=flags.batch_size, hidden_dim=flags.hidden_dim)
-    floor = SPEED.floor(args, iters, samples)
-    counts = []
-    for function in (parts["update"], floor):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        counts.append(counter.get_total_flops())
-    assert counts[1] <= counts[0] / flags.updates_per_step <= 1.02 * counts[1]
+def test_filled_buffers_of_active_vem_hold_whole_episodes():
+    *_, (buffer,) = SPEED.prepare(SPEED.update("active_vem", 600, env_id="Pendulum-v1", hidden_dim=8, model_dim=8))
+    time = buffer.rows()[..., -1]
+    assert (time[0] == torch.arange(600) % 200).all() and not buffer.rows()[..., 8].any()
+    assert (buffer.sample(50, 20)[2] > 0).float().mean() > 0.4  # windows are cut at both ends, not within
 
 
-def test_filled_buffers_hold_whole_episodes():
-    script = load_script("active_vem")
-    buffer = SPEED.fill(script.EpisodeBuffer(2, 1_000, 3, 1, 8, "cpu"), 600)
-    *_, terminated, _, _, _, time = buffer.storage[:, :600].split(buffer.widths, -1)
-    assert int(buffer.count) == 600 and not terminated.any() and (time[..., 0] == torch.arange(600) % 200).all()
-    assert buffer.sample(50, 20)[2].mean() > 0.9  # hardly a window reaches beyond its episode
+def test_the_peers_learn():
+    """mbpo_pytorch's form fits what it is given; Stable-Baselines3's takes the updates asked for."""
+    ensemble = SPEED.BatchedEnsemble(3, 1, members=2, width=8)
+    mean, log_var = ensemble(torch.randn(2, 5, 4))
+    assert mean.shape == log_var.shape == (2, 5, 4) and (log_var < 0.5).all() and (log_var > -10).all()
+    SPEED.mbpo_pytorch(SPEED.Contestant("mbpo_pytorch", rows=50))()
+    if importlib.util.find_spec("stable_baselines3"):
+        SPEED.sb3(SPEED.Contestant("sb3", rows=300))()
 
 
-def test_a_process_that_fails_ends_the_comparison(tmp_path, monkeypatch, capsys):
-    failed = lambda command, **_: subprocess.CompletedProcess(command, 1, "", "out of memory")
-    monkeypatch.setattr(SPEED.subprocess, "run", failed)
-    with pytest.raises(SystemExit, match="1"):
-        quick(tmp_path, "scripts")
-    assert "out of memory" in capsys.readouterr().err and not (tmp_path / "out/results/speed_scripts.csv").exists()
+# The measurement
 
 
-# growth
+def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
+    """With one that gets slower and slower, a ratio of medians would be wrong; that of neighbours is exact."""
+    order = []
+
+    class Fake:
+        peak, precision = 100.0, "medium"
+
+        def __init__(self, contestant, stack):
+            self.name = f"{contestant.kind} {contestant.precision}"
+
+        def block(self, count):
+            order.append(self.name)
+            drift = 1 + len(order)
+            return drift * (1 if self.name.startswith("update") else 2)
+
+    monkeypatch.setattr(SPEED, "Process", Fake)
+    own, peer = SPEED.update("sac_iterative"), SPEED.Contestant("mbpo_pytorch")
+    row = SPEED.measure(SPEED.Args(blocks=3), own, peer)
+    assert order[2:8] == ["update default", "mbpo_pytorch highest"] * 3
+    assert order[9:] == ["update default", "mbpo_pytorch medium"] * 3
+    ratios = [(3 + 2 * i) / (2 * (4 + 2 * i)) for i in (0.5, 1.5, 2.5)]
+    found = [float(row[name]) for name in ("ratio_low", "ratio", "ratio_high")]
+    assert found == pytest.approx(sorted(ratios), rel=1e-3)
+    assert float(row["same_ratio"]) < 0.5 and row["precision"] == "medium"
 
 
-def test_growth(tmp_path, monkeypatch):
-    """One number grows in each table, the figure is there, and is the same again when drawn from the tables."""
-    monkeypatch.setattr(SPEED, "ROWS", 500)
-    assert quick(tmp_path, "growth") == 0
-    quantities = {"trials": ["fit minibatch", "update"], "batch": ["fit minibatch", "update"], "width": ["update"],
-                  "buffer": ["fit minibatch", "sample"]}
-    fixed = {"trials": "1", "batch_size": "16", "hidden_dim": "16", "rows": "500"}
-    for what, column in SPEED.COLUMN.items():
-        rows = table(tmp_path / f"out/results/speed_growth_{what}.csv")
-        assert [*rows[0]] == ["quantity", "trials", "batch_size", "hidden_dim", "rows", "ms", "ms_low", "ms_high",
-                              "ratio_to_first", "threads", "device", "blocks", *PLACE]
-        expected = [(name, str(value)) for name, value in product(quantities[what], SPEED.QUICK_GROWTH[what])]
-        assert [(row["quantity"], row[column]) for row in rows] == expected
-        for row in rows:
-            others = fixed | ({} if row["quantity"] == "update" else {"hidden_dim": ""}) | {column: row[column]}
-            assert {key: row[key] for key in fixed} == others
-            assert positive(row, ("ms", "ms_low", "ms_high", "ratio_to_first"))
-            assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"]) and all(row[key] for key in PLACE)
-    picture = tmp_path / "out/figures/speed_growth.png"
-    drawn = picture.read_bytes()
-    picture.unlink()
-    monkeypatch.setattr(SPEED, "measure", None)
-    assert quick(tmp_path, "growth", from_csv=True) == 0 and picture.read_bytes() == drawn
-    path = tmp_path / "out/results/speed_growth_width.csv"
-    path.write_text(path.read_text().replace("update,", "update,,"))
-    assert quick(tmp_path, "growth", from_csv=True) == 2
+@pytest.mark.parametrize("table, only, peer", [
+    ("fit", "", True), ("steps", "beta_vmbpo, 10,000 rows, 3", False), ("latent", "generative", False)])
+def test_tables_in_processes_of_their_own(out, table, only, peer):
+    """In the precision asked for; without a peer its columns are empty."""
+    precision = "medium" if table == "fit" else "default"
+    sizes = {"quick": True, "blocks": 2, "updates": 2, "out_dir": str(out)}
+    assert SPEED.main(SPEED.Args(table=table, only=only, matmul_precision=precision, **sizes)) == 0
+    row, = common.read(f"speed_{table}")
+    assert [*row] == COLUMNS and row["precision"] == ("medium" if table == "fit" else "highest")  # as the process says
+    numbers = ["ms", "ms_low", "ms_high", "per_second", "peak_mb", *(COLUMNS[8:16] if peer else [])]
+    assert all(math.isfinite(float(row[name])) and float(row[name]) > 0 for name in numbers)
+    assert peer or not any(row[name] for name in COLUMNS[8:16])
+    assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"]) and 100 < float(row["peak_mb"]) < 5000
 
 
-def test_full_sizes_are_those_asked_for():
-    assert SPEED.GROWTH == {"trials": (1, 2, 5, 10), "batch": (64, 128, 256, 512, 1024), "width": (256, 512, 1024),
-                            "buffer": (10_000, 100_000, 1_000_000)}
-    assert SPEED.Args().script_trials == (1, 5) and {*SPEED.QUICK_GROWTH} == {*SPEED.GROWTH} == {*SPEED.COLUMN}
-
-
-# refusals
+def test_every_row_has_flags_that_its_script_accepts():
+    """And a name of its own."""
+    tables = "sac", "fit", "inference", "steps", "latent", "memory", "growth"
+    names = [(table, *row) for table in tables for row in SPEED.rows_of(table)]
+    assert len({(table, name) for table, name, *_ in names}) == len(names) > 30
+    for _, _, own, peer in names:
+        script = load_script({"mbpo": "baselines/mbpo"}.get(own.script, own.script))
+        args = script.Args(**own.flags)
+        assert own.parts % args.trials == 0 and not [*args.conflicts()] and (peer is None or peer.kind in SPEED.KINDS)
 
 
 @pytest.mark.parametrize("flags, named", [
-    ({"blocks": 0}, "--blocks"), ({"updates": -1}, "--updates"), ({"trials": 0}, "--trials"),
-    ({"batch_size": 0}, "--batch-size"), ({"hidden_dim": 0}, "--hidden-dim"), ({"threads": ()}, "--threads"),
-    ({"compare": "growth", "threads": (1, 2)}, "--threads"), ({"script_trials": (1, 0)}, "--script-trials"),
-    ({"script_trials": ()}, "--script-trials"), ({"scripts": ("sac", "ppo")}, "--scripts ppo"),
-    ({"scripts": ()}, "--scripts"),
-    ({"device": "abacus"}, "--device abacus"), ({"device": "cpu,"}, "--device"), ({"out_dir": ""}, "--quick"),
-    ({"from_csv": True}, "--from-csv"), ({"compare": "growth", "from_csv": True}, "--from-csv"),
-    ({"out_dir": "file"}, "--out-dir"), ({"cuda_graph": True}, "--cuda-graph"),
+    ({"blocks": 0}, "--blocks"), ({"updates": -1}, "--updates"), ({"device": "abacus"}, "--device abacus"),
+    ({"cuda_graph": True}, "--cuda-graph"), ({"out_dir": ""}, "--quick"), ({"only": "ppo"}, "--only ppo"),
+    ({"out_dir": "file"}, "--out-dir file"),
 ], ids=str)
 def test_refuses_in_one_line(tmp_path, capsys, monkeypatch, flags, named):
     (tmp_path / "file").write_text("")
-    for work in ("peers", "scripts", "growth", "draw"):
-        monkeypatch.setattr(SPEED, work, None)
-    flags = {"compare": "scripts", "quick": True, "out_dir": str(tmp_path / "out")} | flags
-    assert SPEED.main(SPEED.Args(**flags)) == 2
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        SPEED.main(SPEED.Args(**{"quick": True, "out_dir": str(tmp_path / "out")} | flags))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and named in lines[0] and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_command_line_refuses_with_code_2(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/speed.py"), "--compare", "growth", "--blocks", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines() == ["speed.py: error: --blocks 0: must be at least 1"]
+def test_a_process_that_fails_ends_the_table(tmp_path):
+    """Flags that make no network: one line, code 1, no table."""
+    code = (f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import speed\nif __name__ == '__main__':\n"
+            f"    speed.TINY['batch_size'] = -1\n    speed.main(speed.Args(table='fit', quick=True, out_dir='out'))")
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "script.py: error: fit mbpo: RuntimeError" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out/results/speed_fit.csv").exists()

@@ -1,0 +1,180 @@
+"""What the benchmarks share: scripts as modules, finished runs, refusals, tables and figures.
+
+All that knows how the training scripts are called from outside is in here: `load_script`, `build` and `open_run`.
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+OUT = HERE  # where results/ and figures/ are
+sys.path.append(str(ROOT))  # for --env-id benchmarks.tasks:EnvId
+
+
+def fail(message, code=2):
+    """Print one line and exit."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def say(text):
+    """Print a line; that nobody listens any more (`| head`, a lost terminal) stops nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def at_least(args, **least):
+    """Refuse numbers, or tuples of them, that are too small, by the flag's name."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if min(value if isinstance(value, tuple) else (value,), default=low) < low:
+            fail(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+
+
+def commit():
+    """The repository's commit, with a mark where files differ from it."""
+    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return git.stdout.strip()
+
+
+# Scripts and runs
+
+
+def load_script(name):
+    """A training script as a module, by its file's name without .py."""
+    if name not in sys.modules:
+        path = next(path for folder in (ROOT, ROOT / "baselines") if (path := folder / f"{name}.py").exists())
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def build(name, **flags):
+    """Module, flags, environments, agent and empty buffer of a script, as it makes them at the start of a run."""
+    import torch
+
+    script = load_script(name)
+    args = script.Args(**flags)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    envs = script.make_envs(args, args.trials)
+    sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = script.Agent(args, *sizes)
+    if hasattr(script, "EpisodeBuffer"):
+        buffer = script.EpisodeBuffer(args.trials, args.buffer_size, *sizes, agent.latent_dim, args.device)
+    else:
+        buffer = script.ReplayBuffer(args.trials, args.buffer_size, *sizes, args.device)
+    return script, args, envs, agent, buffer
+
+
+def run_args(run, flag="--runs", script=""):
+    """The script's name and the flags that a run directory was made with."""
+    import torch
+
+    run = Path(run)
+    try:
+        (run / "metrics.csv").stat()
+        name = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["script"]
+        saved = json.loads((run / "args.json").read_text())
+        if script in ("", name):
+            return name, load_script(name).Args(**saved)
+    except Exception:  # a file can be damaged in many ways
+        pass
+    fail(f"{flag} {run}: no args.json, metrics.csv and checkpoint.pt of {script or 'a training script'} there")
+
+
+def open_run(run, flag="--runs", script="", device="cpu", seed=0, **changed):
+    """Agent, flags, replay buffer and step of a run; what follows draws its noise from the seed."""
+    import torch
+
+    name, saved = run_args(run, flag, script)
+    flags = vars(saved) | {"device": device, "run_dir": str(run)} | changed
+    script, args, _, agent, buffer = build(name, **flags)
+    step = script.load(args, agent, [buffer])
+    torch.manual_seed(seed)  # after the checkpoint's own random state
+    return agent, args, buffer, step
+
+
+def labelled(runs, labels):
+    """Pairs of label and run directory, by default under the directories' names."""
+    if not runs:
+        fail("--runs: name at least one run directory")
+    if labels and len(labels) != len(runs):
+        fail("--labels: one per run")
+    return list(zip(labels or [Path(run).name for run in runs], runs))
+
+
+def metrics_of(run):
+    """Rows (step, trial, metric, value) of a run's metrics.csv; what a process is just writing is left out."""
+    with (Path(run) / "metrics.csv").open() as file:
+        lines = [line for line in csv.reader(file) if len(line) == 4][1:]
+    return [(int(step), int(trial), metric, float(value)) for step, trial, metric, value in lines]
+
+
+# Tables and figures
+
+
+def write(name, rows):
+    """Rows, as they come, to results/NAME.csv; what is cut short leaves NAME.partial and the old table."""
+    rows, partial = iter(rows), OUT / f"results/{name}.partial"
+    first = next(rows)
+    with partial.open("w", newline="", buffering=1) as file:
+        writer = csv.DictWriter(file, first.keys(), lineterminator="\n")
+        writer.writeheader()
+        for row in itertools.chain([first], rows):
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    partial.rename(partial.with_suffix(".csv"))
+
+
+def read(name):
+    """The rows of results/NAME.csv, all values as text."""
+    path = OUT / f"results/{name}.csv"
+    if "/" in name or not path.is_file():
+        fail(f"--from-csv: there is no {name}.csv among the results")
+    with path.open() as file:
+        return [*csv.DictReader(file)]
+
+
+def publish(name, rows, draw, size, title=""):
+    """Write the rows (None: they are written), draw figures/NAME.png from the csv alone, print what `draw` tells."""
+    from matplotlib.figure import Figure
+
+    if "/" in name:
+        fail(f"--out {name}: a name without folders")
+    if rows is not None:
+        write(name, rows)
+    figure = Figure(figsize=size, layout="constrained")
+    try:
+        lines = [*draw(read(name), figure)]
+    except KeyError as error:
+        fail(f"--from-csv: {name}.csv has no column {error}; it is of another experiment")
+    figure.suptitle(title or name)
+    figure.savefig(OUT / f"figures/{name}.png", dpi=120)
+    for line in (*lines, OUT / f"results/{name}.csv", OUT / f"figures/{name}.png"):
+        say(line)
+    return 0
+
+
+def group(rows, *columns):
+    """Value of a column, or values of several -> rows, in the order of their first appearance."""
+    groups = defaultdict(list)
+    for row in rows:
+        key = tuple(row[column] for column in columns)
+        groups[key if len(columns) > 1 else key[0]].append(row)
+    return groups
+
+
+def band(axis, x, middle, low, high, **style):
+    """A line, and what lies around it."""
+    (line,) = axis.plot(x, middle, **style)
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

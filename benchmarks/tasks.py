@@ -1,0 +1,87 @@
+"""Tasks of the experiments, for any script: --env-id benchmarks.tasks:NoisyHalfCheetah-v4, in the repository's folder.
+
+    RiskyEdge-v0       a rewarding edge beside deadly ones, under noisy moves
+    NoisyTASK-v4       MuJoCo's task, with noise N(0, 0.3²) on the action, so that its dynamics are random
+    PositionsTASK      the task without its velocities, as `active_vem.py --mask velocity` sees it
+    StackedTASK        the same, its last four observations side by side: what an agent without memory can have
+
+The risky edge: s' = s + a + N(0, 0.5²) in the box [-7, 7]², −0.1 per step, 100 steps from the centre. Leaving to the
+left, right or top costs 100; leaving at the bottom pays 100 |x| / 7: the most in the corners, a step away from what
+costs most. An optimist goes for the corner, a cautious agent leaves where it pays less.
+"""
+
+import gymnasium as gym
+import numpy as np
+
+SIZE, NOISE, STEP_REWARD, FALL, PRIZE = 7.0, 0.5, -0.1, -100.0, 100.0  # of the risky edge
+ACTION_NOISE = 0.3  # standard deviation, where actions reach from -1 to 1
+POSITIONS = {"Pendulum-v1": 2, "MountainCarContinuous-v0": 1, "InvertedPendulum-v5": 2, "Hopper-v5": 5}  # come first
+
+
+def exit_reward(x, y):
+    """What leaving at (x, y) pays, by the edge that is crossed furthest; 0 inside. Arrays of one shape."""
+    beyond = np.stack([-x, x, y, -y]) - SIZE  # left, right, top, bottom
+    pays = np.where(beyond.argmax(0) == 3, PRIZE * np.minimum(np.abs(x), SIZE) / SIZE, FALL)
+    return np.where(beyond.max(0) > 0, pays, 0.0)
+
+
+class RiskyEdge(gym.Env):
+    """Observation: the position (2,); action: the move (2,) in [-1, 1]."""
+
+    metadata = {"render_modes": []}
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = np.zeros(2)
+        return self.position.astype(np.float32), {}
+
+    def step(self, action):
+        self.position = self.position + np.clip(action, -1, 1) + NOISE * self.np_random.normal(size=2)
+        left = bool(np.abs(self.position).max() > SIZE)
+        return self.position.astype(np.float32), STEP_REWARD + float(exit_reward(*self.position)), left, False, {}
+
+
+class NoisyAction(gym.ActionWrapper):
+    """Noise on the action before the step, from the task's own generator; what leaves the bounds is clipped."""
+
+    def action(self, action):
+        space = self.action_space
+        noise = ACTION_NOISE * (space.high - space.low) / 2 * self.np_random.normal(size=space.shape)
+        return np.clip(action + noise, space.low, space.high).astype(space.dtype)
+
+
+class Positions(gym.ObservationWrapper):
+    """Only the first `count` numbers of the observation."""
+
+    def __init__(self, env, count):
+        super().__init__(env)
+        space, self.count = env.observation_space, count
+        self.observation_space = gym.spaces.Box(space.low[:count], space.high[:count], dtype=space.dtype)
+
+    def observation(self, observation):
+        return observation[: self.count]
+
+
+def noisy(task, **kwargs):
+    return NoisyAction(gym.make(task, **kwargs))
+
+
+def positions(task, **kwargs):
+    return Positions(gym.make(task, **kwargs), POSITIONS[task])
+
+
+def stacked(task, **kwargs):
+    return gym.wrappers.FrameStackObservation(positions(task, **kwargs), 4)
+
+
+gym.register("RiskyEdge-v0", RiskyEdge, max_episode_steps=100)
+for name in ("InvertedPendulum-v4", "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"):
+    gym.register(f"Noisy{name}", noisy, kwargs={"task": name})
+for name in POSITIONS:
+    gym.register(f"Positions{name}", positions, kwargs={"task": name})
+    gym.register(f"Stacked{name}", stacked, kwargs={"task": name})
