@@ -129,14 +129,14 @@ class Args:
     tau: Fraction = 0.02  # step of the target critic towards the critic
     hidden_dim: Count = 128  # width of the two hidden layers of actor and critics
     learning_rate: Positive = 1e-3  # Adam's, of actor, critics and α
-    updates_per_step: Count = 1  # actor-critic updates per environment step
+    updates_per_step: Count = 1  # updates of everything per environment step
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     windows: Count = 32  # windows per update
     window_length: Count = 20  # steps of a window, within one episode
     scale_every: Count = 250  # environment steps between fits of the scales of observation and reward
     latent_dim: Count = 8  # dimensions of z
     model_dim: Count = 64  # width of the dynamics' hidden layers
-    model_learning_rate: Positive = None  # Adam's, of the dynamics
+    model_learning_rate: Chosen = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
     max_grad_norm: Chosen = None  # length that the model's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: Weight = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: Count = 8  # importance samples K of the marginal term
