@@ -18,7 +18,7 @@ OTHERS = {"--script", "--help"}  # flags of uv, and of every command
 def tags(text):
     """Equations, theorems and lemmas in a comment or a table: "(8, 9), Thm. 4.1" -> {"8", "9", "Thm. 4.1"}."""
     numbers = re.findall(r"\((\d+(?:, \d+)*)\)", text)
-    return {number for group in numbers for number in group.split(", ")} | set(re.findall(r"(?:Thm\.|Lemma) \d\.\d", text))
+    return {number for group in numbers for number in group.split(", ")} | {*re.findall(r"(?:Thm\.|Lemma) \d\.\d", text)}
 
 
 def functions(source):
@@ -91,7 +91,8 @@ def test_readme_counts_the_lines_of_the_scripts():
 
 def test_readme_shows_the_real_diff():
     shown = re.search(r"```diff\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1].splitlines()
-    agents = [(ROOT / name).read_text().partition("class Agent")[2].splitlines() for name in ("vmbpo.py", "beta_vmbpo.py")]
+    scripts = [(ROOT / name).read_text() for name in ("vmbpo.py", "beta_vmbpo.py")]
+    agents = [script.partition("class Agent")[2].splitlines() for script in scripts]
     real = [line for line in difflib.unified_diff(*agents, n=0) if not line.startswith(("@@", "---", "+++"))]
     assert [line for line in shown if not line.startswith("@@")] == real
 
