@@ -18,7 +18,8 @@ OTHERS = {"--script", "--help"}  # flags of uv, and of every command
 def tags(text):
     """Equations, theorems and lemmas in a comment or a table: "(8, 9), Thm. 4.1" -> {"8", "9", "Thm. 4.1"}."""
     numbers = re.findall(r"\((\d+(?:, \d+)*)\)", text)
-    return {number for group in numbers for number in group.split(", ")} | {*re.findall(r"(?:Thm\.|Lemma) \d\.\d", text)}
+    theorems = re.findall(r"(?:Thm\.|Lemma) \d\.\d", text)
+    return {number for group in numbers for number in group.split(", ")} | set(theorems)
 
 
 def functions(source):
