@@ -25,10 +25,12 @@ way to ask it.
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
- 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step.
+ 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step. The
+    model's learning rate falls with the updates: what it predicts becomes more precise than its first rate allows.
  3. q(z_t) climbs its own terms in (8) and, through the recurrence of a window, later ones; not the rewards: under the
     agent's own model these are highest where it believes to be in a good state, whatever it saw. With the recurrence
-    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well.
+    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well. Of what (5) conditions q(z_t) on it
+    sees z_{t-1}, a_{t-1}, x_t, r_t, x_t − x_{t-1}: a small change would be lost in the noise of z_{t-1}.
  4. Rewards are discounted and divided by their standard deviation; what lies beyond H steps is a twin critic Q(z,a).
     `--plan-horizon 0`: nothing but the critic, which is all that a discriminative agent can have.
  5. Episodes end. The probability of it is told from z_t ~ p(z_t|z_{t-1},a_{t-1}), which is what the plan has: from
@@ -111,7 +113,7 @@ class Args:
     eval_every: Count = 1_000  # environment steps between evaluations
     eval_episodes: Count = 10  # episodes per trial and evaluation
     max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
-    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, so that resuming is exact
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, and resuming is exact
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
@@ -135,7 +137,7 @@ class Args:
     latent_dim: Count = 8  # dimensions of z
     model_dim: Count = 64  # width of the dynamics' hidden layers
     model_learning_rate: Chosen = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
-    max_grad_norm: Chosen = None  # length that a network's gradient is cut to; default: 10, discriminative 0.3
+    max_grad_norm: Chosen = None  # length that the model's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: Weight = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: Count = 8  # importance samples K of the marginal term
     plan_horizon: Steps = 3  # imagined steps H of the planned bound (10)
@@ -153,6 +155,9 @@ class Args:
         for flag in ("marginal_weight", "info_weight"):
             if getattr(self, flag) and self.agent != "generative":
                 yield flag, "needs --agent generative, which has a model"
+        for flag in ("model_learning_rate", "max_grad_norm"):
+            if getattr(self, flag) and self.agent == "memoryless":
+                yield flag, "needs an agent with a latent state"
         if self.alpha and self.kl_target:
             yield "kl_target", "has no effect beside --alpha"
 
@@ -178,7 +183,7 @@ class Args:
         def see(obs):
             return (obs[shown] + self.noise * env.np_random.normal(size=low.shape)).astype(np.float32)
 
-        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(low.astype(np.float32), high.astype(np.float32)))
+        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(np.float32(low), np.float32(high)))
 
 
 def task_name(env_id):
@@ -433,7 +438,7 @@ class Agent(nn.Module):
     # The distributions of the agent, in columns (trials, batch, ·)
 
     def unroll(self, latent, action, sight, noise):
-        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}) and its moments, for columns that hold one time after another."""
+        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}) and its moments, for columns in the order of time."""
         n, steps = latent.shape[1], []
         for a, x, eps in zip(action.split(n, 1), sight.split(n, 1), noise.split(n, 1)):
             mean, log_std = self.latent_posterior(latent, a, x)
@@ -572,14 +577,16 @@ class Agent(nn.Module):
         return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
 
     def gradient(self, loss, *networks):
-        """Gradients of what these networks learn, each network's cut to a length that is not too large, by trials."""
-        parameters = [self.learned[network] for network in networks]
-        loss.backward(inputs=sum(parameters, []))
-        for group in parameters:
-            norms = [torch.linalg.vector_norm(p.grad, dim=(-2, -1)).view(-1, self.args.trials) for p in group]
-            scale = (self.max_grad_norm / torch.cat(norms).norm(dim=0)).clamp(max=1)
-            for p in group:
-                p.grad.mul_(scale.view(-1, 1, 1))
+        """Gradients of what these networks learn; the model's is cut, trial by trial, to a length not too large.
+
+        The critic's is not: a batch in which episodes end would count no more than the others, and Q be too high.
+        """
+        loss.backward(inputs=sum((self.learned[network] for network in networks), []))
+        if "model" in networks:
+            grads = [p.grad for p in self.learned["model"]]
+            norms = [torch.linalg.vector_norm(grad, dim=(-2, -1)).view(-1, self.args.trials) for grad in grads]
+            scale = (self.max_grad_norm / torch.cat(norms).norm(dim=0)).clamp(max=1).view(-1, 1, 1)
+            torch._foreach_mul_(grads, [scale] * len(grads))
 
     def update(self, rows, weight):
         """One E-step and one M-step on windows (trials, length, n, ·); returns latent states and metrics."""
@@ -764,13 +771,14 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         rows = read_metrics(args)
         with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
-            np.savetxt(path, rows[rows["step"] <= self.now], "%d,%d,%s,%.6g", header=",".join(rows.dtype.names), comments="")
+            rows, names = rows[rows["step"] <= self.now], ",".join(rows.dtype.names)
+            np.savetxt(path, rows, "%d,%d,%s,%.6g", header=names, comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
         self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
             project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
-        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, steps {self.now:,} to {args.total_steps:,}")
+        say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, from step {self.now:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
         self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -819,10 +827,9 @@ class Run:
         return obs, self.column(reward), self.column(last_obs), self.column(terminated)
 
     def log(self, metrics, trials=None):
-        """metrics: name -> a float for all (trial -1), or a value per trial, of which those in `trials` count."""
+        """metrics: name -> values per trial, of which those of `trials` are logged; -1 stands for all together."""
         for name, values in metrics.items():
-            values = {-1: values} if isinstance(values, float) else dict(enumerate(values.tolist()))
-            values = {trial: values[trial] for trial in (values if trials is None else trials)}
+            values = dict(enumerate(values.tolist())) if trials is None else {i: float(values[i]) for i in trials}
             self.csv.writelines(f"{self.now},{trial},{name},{value:.6g}\n" for trial, value in values.items())
             if self.wandb:
                 each = {f"{name}/trial_{trial}": value for trial, value in values.items()}
@@ -838,7 +845,8 @@ class Run:
                 self.result = f"return {results['eval/return'].mean():.1f}"
         if self.now % args.log_every == 0:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
-            self.log(metrics | {"time/sps": (self.now - step) / (self.timed[1] - before)})
+            self.log(metrics)
+            self.log({"time/sps": np.array([(self.now - step) / (self.timed[1] - before)])}, [-1])
         if self.now % args.save_every == 0 or last or self.stop:
             for name, parameter in self.agent.named_parameters():
                 if not parameter.isfinite().all():
@@ -896,7 +904,10 @@ def save(args, step, agent, buffers):
              "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
              "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
     with replacing(Path(args.run_dir, "checkpoint.pt")) as path:
-        torch.save(state, path)
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise OSError(f"{args.run_dir}/checkpoint.pt cannot be written: {error}") from error
 
 
 def load(args, agent, buffers=()):
@@ -911,6 +922,8 @@ def load(args, agent, buffers=()):
         agent.load_state_dict(state["agent"])
         for name, opt in agent.opts.items():
             opt.load_state_dict(state["opts"][name])
+            if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in opt.state.items()):
+                raise ValueError(f"opts.{name} is of other shapes")
         for buffer, saved in zip(buffers, state["buffers"]):
             buffer.load_state_dict(saved)
         torch.cuda.manual_seed_all(args.seed + state["step"])
@@ -936,8 +949,7 @@ def refusing(what):
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).splitlines()[:2])  # of many wrong keys the first
-        fail(f"{what}: {type(error).__name__}: {text}")
+        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).splitlines()[:2])}")  # of many wrong keys the first
 
 
 def wrong_values(args):
@@ -959,7 +971,8 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            saved = Args(**{name: values.pop(name) for name in dataclasses.asdict(args)}, **values)  # no key more or less
+            known = {name: values.pop(name) for name in dataclasses.asdict(args)}
+            saved = Args(**known, **values)  # which refuses values of unknown names
             for name, rule in wrong_values(saved):
                 raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
             saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
@@ -977,28 +990,26 @@ def parse_args(argv=None):
         fail("--capture-video: needs --evaluate RUN_DIR")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"--device {args.device}"):
+    with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device)
+        if args.cuda_graph:
+            torch.cuda.get_device_properties(args.device)
+            importlib.import_module("tensordict")
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)
         if args.capture_video:
             importlib.import_module("moviepy")
             envs.reset(seed=args.seed)
             envs.render()
-    if args.cuda_graph:
-        with refusing("--cuda-graph"):
-            torch.cuda.get_device_properties(args.device)
-            importlib.import_module("tensordict")
-    if args.wandb != "disabled":
-        with refusing(f"--wandb {args.wandb}"):
-            wandb = importlib.import_module("wandb")
-            if args.wandb == "online":
-                wandb.login()
+    with refusing(f"--wandb {args.wandb}"):
+        wandb = args.wandb != "disabled" and importlib.import_module("wandb")
+        if args.wandb == "online":
+            wandb.login()
     need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
         have = 1e-9 * torch.cuda.mem_get_info(args.device)[1]
-    if need > have:
+    if need > have and not args.evaluate:
         fail(f"--buffer-size, widths and batches: they ask for {need:,.0f} GB, and {args.device} has {have:,.0f}")
     name = f"{SCRIPT}_s{args.seed}_{datetime.now():%Y%m%d-%H%M%S-%f}"
     args.run_dir = args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}"
@@ -1024,7 +1035,7 @@ def main(argv=None):
                       f"over {len(x)} episodes")
         envs.close()
     except (OSError, MemoryError, RuntimeError) as error:
-        full = any(word in str(error) for word in ("out of memory", "allocate memory", "StreamWriter"))
+        full = "out of memory" in str(error) or "allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not full:
             raise  # a mistake in the code: its trace helps
         fail(f"{type(error).__name__}: {error}", code=1)

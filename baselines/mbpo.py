@@ -591,10 +591,9 @@ class Run:
         return obs, self.column(reward), self.column(last_obs), self.column(terminated)
 
     def log(self, metrics, trials=None):
-        """metrics: name -> a float for all (trial -1), or a value per trial, of which those in `trials` count."""
+        """metrics: name -> values per trial, of which those of `trials` are logged; -1 stands for all together."""
         for name, values in metrics.items():
-            values = {-1: values} if isinstance(values, float) else dict(enumerate(values.tolist()))
-            values = {trial: values[trial] for trial in (values if trials is None else trials)}
+            values = dict(enumerate(values.tolist())) if trials is None else {i: float(values[i]) for i in trials}
             self.csv.writelines(f"{self.now},{trial},{name},{value:.6g}\n" for trial, value in values.items())
             if self.wandb:
                 each = {f"{name}/trial_{trial}": value for trial, value in values.items()}
@@ -610,7 +609,8 @@ class Run:
                 self.result = f"return {results['eval/return'].mean():.1f}"
         if self.now % args.log_every == 0:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
-            self.log(metrics | {"time/sps": (self.now - step) / (self.timed[1] - before)})
+            self.log(metrics)
+            self.log({"time/sps": np.array([(self.now - step) / (self.timed[1] - before)])}, [-1])
         if self.now % args.save_every == 0 or last or self.stop:
             for name, parameter in self.agent.named_parameters():
                 if not parameter.isfinite().all():
@@ -686,6 +686,8 @@ def load(args, agent, buffers=()):
         agent.load_state_dict(state["agent"])
         for name, opt in agent.opts.items():
             opt.load_state_dict(state["opts"][name])
+            if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in opt.state.items()):
+                raise ValueError(f"opts.{name} is of other shapes")
         for buffer, saved in zip(buffers, state["buffers"]):
             buffer.load_state_dict(saved)
         torch.cuda.manual_seed_all(args.seed + state["step"])
@@ -711,8 +713,7 @@ def refusing(what):
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).splitlines()[:2])  # of many wrong keys the first
-        fail(f"{what}: {type(error).__name__}: {text}")
+        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).splitlines()[:2])}")  # of many wrong keys the first
 
 
 def wrong_values(args):
@@ -753,23 +754,21 @@ def parse_args(argv=None):
         fail("--capture-video: needs --evaluate RUN_DIR")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"--device {args.device}"):
+    with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device)
+        if args.cuda_graph:
+            torch.cuda.get_device_properties(args.device)
+            importlib.import_module("tensordict")
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)
         if args.capture_video:
             importlib.import_module("moviepy")
             envs.reset(seed=args.seed)
             envs.render()
-    if args.cuda_graph:
-        with refusing("--cuda-graph"):
-            torch.cuda.get_device_properties(args.device)
-            importlib.import_module("tensordict")
-    if args.wandb != "disabled":
-        with refusing(f"--wandb {args.wandb}"):
-            wandb = importlib.import_module("wandb")
-            if args.wandb == "online":
-                wandb.login()
+    with refusing(f"--wandb {args.wandb}"):
+        wandb = args.wandb != "disabled" and importlib.import_module("wandb")
+        if args.wandb == "online":
+            wandb.login()
     need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
@@ -800,7 +799,8 @@ def main(argv=None):
                       f"over {len(x)} episodes")
         envs.close()
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error) and "allocate memory" not in str(error):
+        full = "out of memory" in str(error) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not full:
             raise  # a mistake in the code: its trace helps
         fail(f"{type(error).__name__}: {error}", code=1)
 

@@ -684,12 +684,16 @@ def test_rates():
     assert rates(agent) == pytest.approx([1e-3, 0.25])
 
 
-def test_gradients_are_cut_per_trial():
+def test_gradients_of_the_model_are_cut_per_trial_and_those_of_the_critic_are_not():
     agent = build(trials=2, max_grad_norm=0.5)
-    p = agent.prior_actor.layers[0].bias
-    loss = (p * torch.tensor([3.0, 0.01]).view(2, 1, 1)).sum()
-    agent.gradient(loss + sum(0 * q.sum() for q in agent.prior_actor.parameters()), "prior_actor")
-    assert p.grad.flatten(1).norm(dim=1).tolist() == pytest.approx([0.5, 0.01 * math.sqrt(16)], rel=1e-4)
+    for name, norms in (("model", [0.5, 0.01]), ("critic", [3.0, 0.01])):
+        p = {"model": agent.first_latent, "critic": agent.critic.layers[-1].bias}[name]
+        loss = (p * torch.tensor([3.0, 0.01]).view(2, 1, 1)).sum()
+        agent.gradient(loss + sum(0 * q.sum() for q in agent.learned[name]), name)
+        width = p[..., 0, 0, 0].numel() * p.shape[-1]
+        found = p.grad.transpose(0, -3).flatten(1).norm(dim=1)
+        wanted = [n * math.sqrt(width) if n != 0.5 else n for n in norms]
+        assert found.tolist() == pytest.approx(wanted, rel=1e-4)
 
 
 # --- environments
@@ -782,7 +786,8 @@ def test_noise_on_other_suites_and_on_bounded_observations():
     ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
     ("--alpha nan", ("--alpha nan",)), ("--agent discriminative --info-weight 2", ("--info-weight", "generative")),
     ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
-    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--noise inf", ("--noise inf",)),
+    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--agent memoryless --max-grad-norm 1", ("--max-grad-norm", "latent")),
+    ("--noise inf", ("--noise inf",)),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -644,6 +644,19 @@ def test_checkpoint_without_a_key_is_refused(key, copy_of, capsys, tmp_path):
     assert f"KeyError: '{key}'" in refusal("beta_vmbpo", ["--resume", folder, "--total-steps", 60], capsys, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["opts.actor", "buffers"])
+def test_checkpoint_of_other_shapes_is_refused(key, copy_of, capsys, tmp_path):
+    folder = copy_of("sac_iterative")
+    state = checkpoint(folder)
+    if key == "buffers":
+        state["buffers"][0]["storage"] = state["buffers"][0]["storage"][..., 1:]
+    else:
+        state["opts"]["actor"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, folder / "checkpoint.pt")
+    line = refusal("sac_iterative", ["--resume", folder, "--total-steps", 60], capsys, tmp_path)
+    assert f"{folder}/checkpoint.pt: " in line and (key in line or "size" in line)
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 @every_script
 def test_directory_without_a_run_is_refused(name, flag, copy_of, capsys, tmp_path):
