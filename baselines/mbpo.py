@@ -336,8 +336,7 @@ class Agent(nn.Module):
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
         return nll.mean((-2, -1)).sum() + bounds.sum()
 
-    def termination_loss(self, batch):
-        *_, next_obs, terminated = (column[0] for column in batch)  # the first member's minibatch
+    def termination_loss(self, next_obs, terminated):
         logit = self.terminator(self.states(next_obs))
         return F.binary_cross_entropy_with_logits(logit, terminated, reduction="none").mean((-2, -1)).sum()
 
@@ -368,7 +367,8 @@ class Agent(nn.Module):
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
             self.descend("model", self.model_loss(self.model, batch))
-            self.descend("terminator", self.termination_loss(batch))
+            _, _, _, next_obs, terminated, *_ = batch
+            self.descend("terminator", self.termination_loss(next_obs[0], terminated[0]))
 
         step = captured(step, args)
         for i in range(batches):

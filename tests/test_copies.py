@@ -21,7 +21,7 @@ DIFFERS = {
     "Agent": "names the script's own steps",
 }
 AGENT = {"__init__", "act", "actor_loss", "assess", "fit_model", "fit_statistics", "gradient", "imagine", "learn",
-         "model_loss", "moments", "predict", "update", "value"}  # its methods that are the algorithms themselves
+         "model_loss", "predict", "update", "value"}  # its methods that are the algorithms themselves
 
 
 def half(path, below):
