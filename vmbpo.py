@@ -356,13 +356,13 @@ class Agent(nn.Module):
     @torch.no_grad()
     def transition_weights(self, buffer):
         """exp(δ/β) of every replayed transition, scaled to mean 1 per trial: (trials, n, 1)."""
-        weights = []
-        for rows in buffer.rows().split(10_000, 1):  # for smaller temporaries
-            obs, action, reward, next_obs, terminated, _ = rows.split(buffer.widths, -1)
+        rows = buffer.rows()
+        weights = torch.empty_like(rows[..., :1])
+        for part in torch.arange(rows.shape[1], device=rows.device).split(10_000):  # for smaller temporaries
+            obs, action, reward, next_obs, terminated, _ = rows[:, part].split(buffer.widths, -1)
             q = self.critic(torch.cat([obs, action], -1)).amin(0)
             delta = reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q
-            weights.append((delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp())  # eq. (11)
-        weights = torch.cat(weights, 1)
+            weights[:, part] = (delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp()  # eq. (11)
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
     def model_loss(self, model, batch, weights=1.0):

@@ -97,7 +97,7 @@ def reward_fit(args):
         buffer.add(*data[None].split(buffer.widths, -1))
         agent.fit_model(buffer)
         with torch.no_grad():
-            mean = agent.moments(places, moves)[0].mean(0)
+            mean = agent.moments(agent.model, places, moves)[0].mean(0)
         found[weight] = agent.targets.inverse(mean)[0, :, -1].tolist()
     for weight, rewards in found.items():
         say(f"weight {weight}: " + "  ".join(f"{reward:.3g}" for reward in rewards))
