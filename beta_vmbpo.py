@@ -21,8 +21,8 @@ Deviations from the paper, each with the flag that goes back to its letter where
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
  2. A fit has two phases: p alone learns first, then q starts at p (parameters, Adam moments) and both see the same
     minibatches while the rate falls to zero. KL(q‖p) is then the tilt alone and falls as 1/β²; independent fits differ
-    before any tilt, and no β lowers that floor. The rate first rises to three times its own, and Adam's β₂ is 0.95:
-    with 0.999 the moments outlive a fit, and a refit can undo the last one. `--fit-rule constant`: as in the paper.
+    before any tilt, and no β lowers that floor. A fit begins with Adam's moments at zero, and its rate rises to three
+    times its own: moments that outlive a fit can make the next one undo it. `--fit-rule constant`: as in the paper.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator matched`: pairs of members.
  5. log β += lr · clip(log(KL/ε)/8, ±1): sign and fixed point of descent on (9), but steady where the KL scatters over
@@ -324,13 +324,12 @@ class Agent(nn.Module):
         self.register_buffer("kl", torch.zeros(trials))
         self.to(args.device)
 
-        betas = (0.9, 0.999 if args.fit_rule == "constant" else 0.95)  # 0.999 would remember ten short fits
         adam = {"fused": True, "capturable": True}
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, betas, **adam),
-            "posterior_model": torch.optim.Adam(self.posterior_model.groups(), args.model_learning_rate, betas, **adam),
+            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **adam),
+            "posterior_model": torch.optim.Adam(self.posterior_model.groups(), args.model_learning_rate, **adam),
             "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **adam),
             "beta": torch.optim.Adam([self.log_beta], args.beta_lr, **adam),
         }
@@ -407,6 +406,11 @@ class Agent(nn.Module):
             moments = self.opts["model"].state[prior]
             self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in moments.items()}
 
+    def forget(self, name):
+        """Adam's moments back to zero: those of an earlier fit would mislead the fast steps of the next."""
+        for moments in self.opts[name].state.values():
+            torch._foreach_zero_([*moments.values()])
+
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
@@ -421,6 +425,8 @@ class Agent(nn.Module):
         for name in ("model", "posterior_model", "terminator"):
             for group in self.opts[name].param_groups:
                 group["lr"] = rate
+            if args.fit_rule == "two_phase":
+                self.forget(name)
 
         def step(posterior):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))

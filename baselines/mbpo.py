@@ -19,8 +19,8 @@ Deviations from Janner et al., each with the flag that goes back where there is 
  3. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
     out for good, so that warm-started members never train on it.
  4. At least 400 minibatches in the first fit, 200 to 800 in later ones. Roll-outs are dealt to the elites in chunks.
-    Within a fit the rate rises to three times its own and falls to zero, and Adam's β₂ is 0.95: with 0.999 the moments
-    outlive a fit, and a refit can undo the last one. `--fit-rule constant`: a constant rate, 0.999.
+    A fit begins with Adam's moments at zero, and its rate rises to three times its own and falls to zero: moments that
+    outlive a fit can make the next one undo it. `--fit-rule constant`: neither.
  5. The target entropy is −(action dimensions)/2, which is close to their values per task. `--target-entropy`: another.
 
     python baselines/mbpo.py --env-id Walker2d-v4
@@ -291,12 +291,11 @@ class Agent(nn.Module):
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
         self.to(args.device)
 
-        betas = (0.9, 0.999 if args.fit_rule == "constant" else 0.95)  # 0.999 would remember ten short fits
         adam = {"fused": True, "capturable": True}
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, betas, **adam),
+            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **adam),
             "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **adam),
         }
         self.learn = captured(self.learn, args)
@@ -349,6 +348,11 @@ class Agent(nn.Module):
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
         self.ever_ended.copy_(terminated.amax(1, keepdim=True))
 
+    def forget(self, name):
+        """Adam's moments back to zero: those of an earlier fit would mislead the fast steps of the next."""
+        for moments in self.opts[name].state.values():
+            torch._foreach_zero_([*moments.values()])
+
     def fit_model(self, buffer):
         """Fit dynamics and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
@@ -359,8 +363,11 @@ class Agent(nn.Module):
         least = args.min_batches if self.opts["model"].state else args.min_first_batches
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
         rate = torch.tensor(args.model_learning_rate, device=args.device)
-        for group in (*self.opts["model"].param_groups, *self.opts["terminator"].param_groups):
-            group["lr"] = rate
+        for name in ("model", "terminator"):
+            for group in self.opts[name].param_groups:
+                group["lr"] = rate
+            if args.fit_rule == "two_phase":
+                self.forget(name)
 
         def step():
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))

@@ -2,12 +2,11 @@
 
     python benchmarks/fits.py                       # records, refits, writes results/fits.csv, draws figures/fits.png
     python benchmarks/fits.py --tasks InvertedPendulum-v4 toy --refits 10
-    python benchmarks/fits.py --from-csv
 
 Each task is recorded once: random actions, then the last 5,000 steps of a soft actor-critic (`beta_vmbpo.py
 --real-ratio 1`), so that the data shift. The toy is smooth and without noise. The dynamics of `beta_vmbpo.py` are then
-refitted as 250 rows at a time are added, by its own `fit_model` under each rule. The last fit is made once for every β,
-with the recorded critic, and then three times more on the same rows.
+refitted as 250 rows at a time are added, by its own `fit_model` under each rule. Three fits follow on the
+same rows; then the last one is made again for every β, with the recorded critic.
 """
 
 import copy
@@ -23,14 +22,15 @@ import tyro
 from common import ROOT, at_least, build, group, load_script, open_run, publish, write
 
 BETAS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-# Rule -> shares of a fit, factors on the rate at them, share at which q starts at p, Adam's β₂.
+# Rule -> shares of a fit, factors on the rate at them, share at which q starts at p, Adam's β₂, whether it forgets.
 RULES = {
-    "two phases": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.95),
-    "two phases, β₂ = 0.999": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.999),
-    "linear to 0, β₂ = 0.999": ((0, 1), (1, 0), 0, 0.999),
-    "linear to 0, β₂ = 0.99": ((0, 1), (1, 0), 0, 0.99),
-    "last fifth, β₂ = 0.99": ((0, 0.8, 1), (1, 1, 0), 0, 0.99),
-    "constant, β₂ = 0.999": ((0, 1), (1, 1), 0, 0.999),
+    "two phases, Adam forgets": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.999, True),
+    "two phases, β₂ = 0.95": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.95, False),
+    "two phases, β₂ = 0.999": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.999, False),
+    "linear to 0, β₂ = 0.999": ((0, 1), (1, 0), 0, 0.999, False),
+    "linear to 0, β₂ = 0.99": ((0, 1), (1, 0), 0, 0.99, False),
+    "last fifth, β₂ = 0.99": ((0, 0.8, 1), (1, 1, 0), 0, 0.99, False),
+    "constant, β₂ = 0.999": ((0, 1), (1, 1), 0, 0.999, False),
 }
 QUICK = {"hidden_dim": 128, "model_dim": 100, "model_layers": 3}
 RECORDINGS = {"InvertedPendulum-v4": QUICK | {"learning_starts": 500, "total_steps": 5_500, "updates_per_step": 3},
@@ -41,7 +41,7 @@ RECORDINGS = {"InvertedPendulum-v4": QUICK | {"learning_starts": 500, "total_ste
 @dataclasses.dataclass
 class Args:
     tasks: tuple[str, ...] = (*RECORDINGS, "toy")  # what to refit on
-    rules: tuple[str, ...] = tuple(RULES)  # how
+    rules: tuple[str, ...] = (*RULES,)  # how
     refits: int = 20  # fits per rule, each with 250 rows more
     seed: int = 1  # of recordings, networks and minibatches
     runs_dir: str = "runs/fits"  # where recordings are kept
@@ -56,9 +56,7 @@ def record(task, args):
                          "fit_every": 10**8, "eval_every": flags["total_steps"]}
         command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         subprocess.run([sys.executable, ROOT / "beta_vmbpo.py", *command], check=True)
-    _, _, buffer, _ = open_run(run)
-    rows = buffer.rows()
-    starts = flags.get("learning_starts", 5_000)
+    rows, starts = open_run(run)[2].rows(), flags.get("learning_starts", 5_000)
     return torch.cat([rows[:, :starts], rows[:, starts:][:, -5_000:]], 1), starts, run
 
 
@@ -68,7 +66,7 @@ def toy():
     return torch.cat([obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero, zero], -1), 1_000
 
 
-def make(task, args, beta2):
+def make(task, args, beta2, forget):
     """A fresh agent with the recorded actor and critics, an empty buffer, the rows to come and how many come first."""
     torch.manual_seed(args.seed)
     if task == "toy":
@@ -84,9 +82,9 @@ def make(task, args, beta2):
         for part in ("actor", "critic", "critic_target"):
             getattr(agent, part).load_state_dict(getattr(trained, part).state_dict())
         agent.log_alpha.data.copy_(trained.log_alpha)
-    for name in ("model", "posterior_model"):
-        for settings in agent.opts[name].param_groups:
-            settings["betas"] = (0.9, beta2)
+    agent.forget = agent.forget if forget else lambda name: None
+    for settings in agent.opts["model"].param_groups:
+        settings["betas"] = (0.9, beta2)
     return script, agent, buffer, rows, starts
 
 
@@ -99,34 +97,26 @@ def fit(agent, buffer, beta, seed):
 
 def study(task, rule, args):
     """Rows of the table: the error of p after each fit; KL(q‖p) by β after the last; the error on the same rows again."""
-    *rate, start, beta2 = RULES[rule]
-    script, agent, buffer, rows, starts = make(task, args, beta2)
+    *rate, start, beta2, forget = RULES[rule]
+    script, agent, buffer, rows, starts = make(task, args, beta2, forget)
     script.FIT_RATE, script.POSTERIOR_START, began = rate, start, time.perf_counter()
     shared = {"task": task, "rule": rule}
     for i in range(args.refits):
-        count = starts + 250 * i
-        new = rows[:, int(buffer.added) : count]
-        buffer.add(new)
+        buffer.add(rows[:, int(buffer.added) : starts + 250 * i])
         if i == args.refits - 1:
             before = copy.deepcopy((agent.state_dict(), {name: opt.state_dict() for name, opt in agent.opts.items()}))
-        metrics = fit(agent, buffer, 1e7, i)
-        seconds = time.perf_counter() - began
-        yield shared | {"what": "error", "x": i + 1, "value": metrics["model/prior_error"], "seconds": seconds}
-    after = copy.deepcopy((agent.state_dict(), {name: opt.state_dict() for name, opt in agent.opts.items()}))
-    for beta in BETAS:
-        restore(agent, before)
-        metrics = fit(agent, buffer, beta, args.refits - 1)
-        yield shared | {"what": "kl", "x": beta, "value": metrics["model/kl"], "seconds": 0.0}
-    restore(agent, after)
+        value, seconds = fit(agent, buffer, 1e7, i)["model/prior_error"], time.perf_counter() - began
+        yield shared | {"what": "error", "x": i + 1, "value": value, "seconds": seconds}
     for i in range(3):
-        metrics = fit(agent, buffer, 1e7, args.refits + i)
-        yield shared | {"what": "again", "x": i + 1, "value": metrics["model/prior_error"], "seconds": 0.0}
-
-
-def restore(agent, state):
-    agent.load_state_dict(state[0])
-    for name, opt in agent.opts.items():
-        opt.load_state_dict(copy.deepcopy(state[1][name]))
+        value = fit(agent, buffer, 1e7, args.refits + i)["model/prior_error"]
+        yield shared | {"what": "again", "x": i + 1, "value": value, "seconds": 0.0}
+    for beta in BETAS:
+        networks, optimizers = copy.deepcopy(before)
+        agent.load_state_dict(networks)
+        for name, opt in agent.opts.items():
+            opt.load_state_dict(optimizers[name])
+        value = fit(agent, buffer, beta, args.refits - 1)["model/kl"]
+        yield shared | {"what": "kl", "x": beta, "value": value, "seconds": 0.0}
 
 
 def draw(rows, figure):
