@@ -28,9 +28,8 @@ Deviations from the paper, each with the flag that goes back to its letter where
  2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step. The
     model's learning rate falls with the updates: what it predicts becomes more precise than its first rate allows.
  3. q(z_t) climbs its own terms in (8) and, through the recurrence of a window, later ones; not the rewards: under the
-    agent's own model these are highest where it believes to be in a good state, whatever it saw. With the recurrence
-    cut (z_{t-1} detached in `unroll`) the double integrator is learned less well. Of what (5) conditions q(z_t) on it
-    sees z_{t-1}, a_{t-1}, x_t, r_t, x_t − x_{t-1}: a small change would be lost in the noise of z_{t-1}.
+    agent's own model these are highest where it believes to be in a good state, whatever it saw. Of what (5) conditions
+    q(z_t) on it sees z_{t-1}, a_{t-1}, x_t, r_t, x_t − x_{t-1}: a small change would be lost in the noise of z_{t-1}.
  4. Rewards are discounted and divided by their standard deviation; what lies beyond H steps is a twin critic Q(z,a).
     `--plan-horizon 0`: nothing but the critic, which is all that a discriminative agent can have.
  5. Episodes end. The probability of it is told from z_t ~ p(z_t|z_{t-1},a_{t-1}), which is what the plan has: from
@@ -105,7 +104,7 @@ class Args:
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # float32 products; medium: bfloat16
-    cuda_graph: bool = False  # replay the updates of a step, and each minibatch of a fit, as one CUDA graph
+    cuda_graph: bool = False  # replay the updates of a step, and the minibatches of fits if any, as CUDA graphs
     total_steps: Count = 30_000  # environment steps per trial
     learning_starts: Rows = 500  # uniformly random steps before the first update
     explore_hold: Count = 1  # environment steps for which each of those random actions is held
@@ -579,7 +578,7 @@ class Agent(nn.Module):
     def gradient(self, loss, *networks):
         """Gradients of what these networks learn; the model's is cut, trial by trial, to a length not too large.
 
-        The critic's is not: a batch in which episodes end would count no more than the others, and Q be too high.
+        The critic's is not, so that a batch in which episodes end counts in full.
         """
         loss.backward(inputs=sum((self.learned[network] for network in networks), []))
         if "model" in networks:

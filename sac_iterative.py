@@ -88,7 +88,7 @@ class Args:
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # float32 products; medium: bfloat16
-    cuda_graph: bool = False  # replay the updates of a step, and each minibatch of a fit, as one CUDA graph
+    cuda_graph: bool = False  # replay the updates of a step, and the minibatches of fits if any, as CUDA graphs
     total_steps: Count = 1_000_000  # environment steps per trial
     learning_starts: Rows = 5_000  # uniformly random steps before the first update
     explore_hold: Count = 1  # environment steps for which each of those random actions is held
