@@ -259,7 +259,8 @@ def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     assert stop.value.code == 2 and len(lines) == 1 and named in lines[0] and not (here / "runs").exists()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("stable_baselines3"), reason="see benchmarks/requirements.txt")
+@pytest.mark.skipif(not importlib.util.find_spec("stable_baselines3"),
+                    reason="needs stable-baselines3, see benchmarks/requirements.txt")
 def test_peers_leave_a_run(here):
     args = PEERS.Args(env_id="Pendulum-v1", trials=2, total_steps=60, learning_starts=40, eval_every=30,
                       eval_episodes=1, run_dir="run")
