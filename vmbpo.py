@@ -19,8 +19,9 @@ Deviations from the paper, each with the flag that goes back to its letter where
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
  2. A fit has two phases: p alone learns first, then q starts at p (parameters, Adam moments) and both see the same
     minibatches while the rate falls to zero. KL(q‖p) is then the tilt alone and falls as 1/β²; independent fits differ
-    before any tilt, and no β lowers that floor. A fit begins with Adam's moments at zero, and its rate rises to three
-    times its own: moments that outlive a fit can make the next one undo it. `--fit-rule constant`: as in the paper.
+    before any tilt, and no β lowers that floor. The rate first rises to three times its own, and Adam's β₂ is 0.95:
+    the second moments of the usual 0.999 are still the last fit's when a fit begins, and can make it undo the last.
+    They also let one rare large gradient move q by three rates at once. `--fit-rule constant`: as in the paper.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator matched`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
@@ -69,6 +70,7 @@ SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # factor on the dynamics' learning rate by the share of a fit that is done
 POSTERIOR_START = 0.5  # share of a fit that p learns alone
+FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's, by --fit-rule
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 EXPONENT_MAX = 4.0  # Appendix C.1
 torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the device
@@ -319,12 +321,13 @@ class Agent(nn.Module):
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
+        fit_adam = {"betas": FIT_BETAS[args.fit_rule], **adam}
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **adam),
-            "posterior_model": torch.optim.Adam(self.posterior_model.groups(), args.model_learning_rate, **adam),
-            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **adam),
+            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **fit_adam),
+            "posterior_model": torch.optim.Adam(self.posterior_model.groups(), args.model_learning_rate, **fit_adam),
+            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **fit_adam),
         }
         self.learn = captured(self.learn, args)
 
@@ -348,7 +351,7 @@ class Agent(nn.Module):
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of a model's members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
+        """Mean and log-variance of members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -395,11 +398,6 @@ class Agent(nn.Module):
             moments = self.opts["model"].state[prior]
             self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in moments.items()}
 
-    def forget(self, name):
-        """Adam's moments back to zero: those of an earlier fit would mislead the fast steps of the next."""
-        for moments in self.opts[name].state.values():
-            torch._foreach_zero_([*moments.values()])
-
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
@@ -414,8 +412,6 @@ class Agent(nn.Module):
         for name in ("model", "posterior_model", "terminator"):
             for group in self.opts[name].param_groups:
                 group["lr"] = rate
-            if args.fit_rule == "two_phase":
-                self.forget(name)
 
         def step(posterior):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))

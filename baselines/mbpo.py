@@ -19,8 +19,9 @@ Deviations from Janner et al., each with the flag that goes back where there is 
  3. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
     out for good, so that warm-started members never train on it.
  4. At least 400 minibatches in the first fit, 200 to 800 in later ones. Roll-outs are dealt to the elites in chunks.
-    A fit begins with Adam's moments at zero, and its rate rises to three times its own and falls to zero: moments that
-    outlive a fit can make the next one undo it. `--fit-rule constant`: neither.
+    Within a fit the rate rises to three times its own and falls to zero, and Adam's β₂ is 0.95: the second moments of
+    the usual 0.999 are still the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`:
+    neither.
  5. The target entropy is −(action dimensions)/2, which is close to their values per task. `--target-entropy`: another.
 
     python baselines/mbpo.py --env-id Walker2d-v4
@@ -57,6 +58,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # factor on the dynamics' learning rate by the share of a fit that is done
+FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's, by --fit-rule
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
 if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
@@ -292,11 +294,12 @@ class Agent(nn.Module):
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
+        fit_adam = {"betas": FIT_BETAS[args.fit_rule], **adam}
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **adam),
-            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **adam),
+            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **fit_adam),
+            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **fit_adam),
         }
         self.learn = captured(self.learn, args)
 
@@ -320,7 +323,7 @@ class Agent(nn.Module):
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of a model's members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
+        """Mean and log-variance of members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -348,11 +351,6 @@ class Agent(nn.Module):
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
         self.ever_ended.copy_(terminated.amax(1, keepdim=True))
 
-    def forget(self, name):
-        """Adam's moments back to zero: those of an earlier fit would mislead the fast steps of the next."""
-        for moments in self.opts[name].state.values():
-            torch._foreach_zero_([*moments.values()])
-
     def fit_model(self, buffer):
         """Fit dynamics and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
@@ -366,8 +364,6 @@ class Agent(nn.Module):
         for name in ("model", "terminator"):
             for group in self.opts[name].param_groups:
                 group["lr"] = rate
-            if args.fit_rule == "two_phase":
-                self.forget(name)
 
         def step():
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
