@@ -135,14 +135,13 @@ class Args:
     min_batches: Count = 200  # minibatches of any later fit at least
     max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined after each fit
-    horizon: Count = 1  # imagined steps per roll-out at first
-    max_horizon: Count = 1  # imagined steps per roll-out in the end
-    horizon_from: Count = 20_000  # environment step at which the horizon begins to grow
-    horizon_until: Count = 150_000  # environment step at which it has grown, linearly, to max_horizon
+    horizon: Count = 1  # imagined steps per roll-out in the end
+    horizon_from: Count = 20_000  # environment step at which they begin to grow from 1
+    horizon_until: Count = 150_000  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
     beta: Risk = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, ∞ is MBPO, < 0 is averse
     kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
-    log_ratio_in_critic: bool = False  # subtract β log q/p from the critic's target
+    log_ratio_in_critic: bool = False  # subtract β log q/p from imagined rewards, and so from the target in (12)
     prior_interval: Count = 1  # updates between copies of the actor into the prior policy
 
     def conflicts(self):
@@ -151,12 +150,10 @@ class Args:
             yield "num_elites", "must be at most --ensemble-size"
         if self.rollouts > self.model_buffer_size:
             yield "rollouts", "must be at most --model-buffer-size"
-        if self.max_horizon < self.horizon:
-            yield "max_horizon", "must be at least --horizon"
         if self.horizon_until <= self.horizon_from:
             yield "horizon_until", "must be above --horizon-from"
-        if self.horizon_from != Args.horizon_from and self.max_horizon == self.horizon:
-            yield "horizon_from", "has no effect where --max-horizon is --horizon"
+        if self.horizon_from != Args.horizon_from and self.horizon == 1:
+            yield "horizon_from", "has no effect with --horizon 1"
         if self.target_entropy is not None and self.entropy == "none":
             yield "target_entropy", "has no effect with --entropy none"
         if self.updates_per_step % self.prior_interval:
@@ -172,14 +169,14 @@ class Args:
         rows = self.buffer_size + self.model_buffer_size + self.rollouts + self.updates_per_step * self.batch_size
         policy = 24 * self.hidden_dim * (self.hidden_dim + self.batch_size)
         model = 8 * self.ensemble_size * self.model_layers * self.model_dim * (self.model_dim + self.batch_size)
-        return self.trials * (rows * (2 * obs_dim + action_dim + 3) + policy + model)
+        return self.trials * (rows * (2 * obs_dim + action_dim + 2) + policy + model)
 
 
 class ReplayBuffer:
-    """Ring of transitions per trial; one row holds obs, action, reward, next_obs, terminated, log_ratio."""
+    """Ring of transitions per trial; one row holds obs, action, reward, next_obs, terminated."""
 
     def __init__(self, trials, capacity, obs_dim, action_dim, device):
-        self.widths = (obs_dim, action_dim, 1, obs_dim, 1, 1)
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
         self.added = torch.zeros((), dtype=torch.long, device=device)
         self.trial = torch.arange(trials, device=device)[:, None]
@@ -361,7 +358,7 @@ class Agent(nn.Module):
         rows = buffer.rows()
         weights = torch.empty_like(rows[..., :1])
         for part in torch.arange(rows.shape[1], device=rows.device).split(10_000):  # for smaller temporaries
-            obs, action, reward, next_obs, terminated, _ = rows[:, part].split(buffer.widths, -1)
+            obs, action, reward, next_obs, terminated = rows[:, part].split(buffer.widths, -1)
             q = self.critic(torch.cat([obs, action], -1)).amin(0)
             delta = reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q
             weights[:, part] = (delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp()  # eq. (11)
@@ -384,7 +381,7 @@ class Agent(nn.Module):
 
     def fit_statistics(self, buffer):
         """Means, deviations and ranges of the replayed transitions."""
-        obs, action, reward, next_obs, terminated, _ = buffer.rows().split(buffer.widths, -1)
+        obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
         self.inputs.fit(torch.cat([obs, action], -1))
         self.targets.fit(torch.cat([next_obs - obs, reward], -1))
         self.states.fit(next_obs)
@@ -425,14 +422,13 @@ class Agent(nn.Module):
                 self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
 
         prior_step, joint_step = captured(partial(step, False), args), captured(partial(step, True), args)
+        start = int(POSTERIOR_START * batches) if args.fit_rule == "two_phase" else 0
         for i in range(batches):
-            if args.fit_rule == "constant":
-                joint_step()
-                continue
-            rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
-            if i == int(POSTERIOR_START * batches):
-                self.start_posterior()
-            if i < int(POSTERIOR_START * batches):
+            if args.fit_rule == "two_phase":
+                rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
+                if i == start:
+                    self.start_posterior()
+            if i < start:
                 prior_step()
             else:
                 joint_step()
@@ -450,8 +446,8 @@ class Agent(nn.Module):
         prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
         posterior_error = (self.moments(self.posterior_model, obs, action)[0] - target).square().mean((-2, -1))
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
-        obs, action, _, next_obs, terminated, _ = buffer.sample(1000).split(buffer.widths, -1)
-        imagined_obs, _, imagined_end, _ = self.predict(obs, action)
+        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
+        imagined_obs, _, imagined_end = self.predict(obs, action)
         gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
         sample_size = 1 / weights.square().mean((-2, -1))
         return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
@@ -474,7 +470,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def predict(self, obs, action):
-        """s' ~ q_φ, r ~ p_θ, P(end at s') and log q_φ/p_θ of s'; rows are dealt to the elites in equal chunks."""
+        """s' ~ q_φ, r ~ p_θ and P(end at s'); rows are dealt to the elites in equal chunks."""
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
             members = (elite, range(len(o)))
@@ -483,23 +479,24 @@ class Agent(nn.Module):
             prior = Normal(prior_mean, (0.5 * prior_log_var).exp())
             posterior = Normal(posterior_mean, (0.5 * posterior_log_var).exp())
             sample = posterior.sample()
-            log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
-            log_ratio = log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)
             next_obs = (o + self.targets.inverse(sample)[..., : self.obs_dim]).clamp(*self.state_range)
             reward = self.targets.inverse(prior.sample())[..., self.obs_dim :]
-            columns.append((next_obs, reward, self.termination(o, a, next_obs), log_ratio))
+            if self.args.log_ratio_in_critic:
+                log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
+                reward = reward - self.beta * log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)  # eq. (12)
+            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
         return [torch.cat(column, 1) for column in zip(*columns)]
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
         """Branch `rollouts` short roll-outs of the variational dynamics from replayed states (Algorithm 1)."""
         args = self.args
-        horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (args.horizon, args.max_horizon)))
+        horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (1, args.horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
         for _ in range(horizon):
             action = torch.cat([self.actor.sample(o)[0] for o in obs.split(10_000, 1)], 1)  # for smaller temporaries
-            next_obs, reward, terminated, log_ratio = self.predict(obs, action)
-            model_buffer.add(obs, action, reward, next_obs, terminated, log_ratio)
+            next_obs, reward, terminated = self.predict(obs, action)
+            model_buffer.add(obs, action, reward, next_obs, terminated)
             if horizon > 1:  # a branch that ended starts again from a replayed state
                 fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
                 obs = torch.where(torch.rand_like(terminated) < terminated, fresh, next_obs)
@@ -524,10 +521,8 @@ class Agent(nn.Module):
 
     def update(self, batch):
         """One step of critics, actor and α on columns (trials, n, ·); returns q, its target and log-probabilities."""
-        obs, action, reward, next_obs, terminated, log_ratio = batch
+        obs, action, reward, next_obs, terminated = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
-        if self.args.log_ratio_in_critic:
-            target = target - self.beta * log_ratio  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         loss, log_prob = self.actor_loss(obs)
@@ -563,7 +558,7 @@ def train(args):
 
         # remember: a time limit is not a termination, and an episode's last state is not the next one's first
         obs, reward, next_obs, terminated = run.step(action)
-        buffer.add(obs, action, reward, next_obs, terminated, torch.zeros_like(reward))  # log q/p of what p made
+        buffer.add(obs, action, reward, next_obs, terminated)
 
         # learn
         if step >= args.learning_starts:

@@ -120,10 +120,9 @@ class Args:
     min_batches: Count = 200  # minibatches of any later fit at least
     max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined after each fit
-    horizon: Count = 1  # imagined steps per roll-out at first
-    max_horizon: Count = 1  # imagined steps per roll-out in the end
-    horizon_from: Count = 20_000  # environment step at which the horizon begins to grow
-    horizon_until: Count = 150_000  # environment step at which it has grown, linearly, to max_horizon
+    horizon: Count = 1  # imagined steps per roll-out in the end
+    horizon_from: Count = 20_000  # environment step at which they begin to grow from 1
+    horizon_until: Count = 150_000  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
 
     def conflicts(self):
@@ -132,12 +131,10 @@ class Args:
             yield "num_elites", "must be at most --ensemble-size"
         if self.rollouts > self.model_buffer_size:
             yield "rollouts", "must be at most --model-buffer-size"
-        if self.max_horizon < self.horizon:
-            yield "max_horizon", "must be at least --horizon"
         if self.horizon_until <= self.horizon_from:
             yield "horizon_until", "must be above --horizon-from"
-        if self.horizon_from != Args.horizon_from and self.max_horizon == self.horizon:
-            yield "horizon_from", "has no effect where --max-horizon is --horizon"
+        if self.horizon_from != Args.horizon_from and self.horizon == 1:
+            yield "horizon_from", "has no effect with --horizon 1"
         if self.target_entropy is not None and self.entropy == "none":
             yield "target_entropy", "has no effect with --entropy none"
         with refusing(f"--termination-fn {self.termination_fn}"):
@@ -411,7 +408,7 @@ class Agent(nn.Module):
     def imagine(self, buffer, model_buffer, step):
         """Branch `rollouts` short roll-outs of the dynamics from replayed states."""
         args = self.args
-        horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (args.horizon, args.max_horizon)))
+        horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (1, args.horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
         for _ in range(horizon):
             action = torch.cat([self.actor.sample(o)[0] for o in obs.split(10_000, 1)], 1)  # for smaller temporaries

@@ -64,7 +64,7 @@ def record(task, args):
 def toy():
     """s' = s + 0.1 sin(s, swapped) a, without noise."""
     obs, action, zero = torch.randn(1, 6_000, 2), 2 * torch.rand(1, 6_000, 1) - 1, torch.zeros(1, 6_000, 1)
-    return torch.cat([obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero, zero], -1), 1_000
+    return torch.cat([obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero], -1), 1_000
 
 
 def make(task, args, beta2):

@@ -174,12 +174,12 @@ def own_step(contestant):
             refit()
         action = agent.act(obs)
         next_obs, reward, terminated, *_ = envs.step(action[:, 0].cpu().numpy())
-        columns = [obs, action, column(reward), column(next_obs), column(terminated)]
-        buffers[0].add(*columns, *[torch.zeros_like(columns[2])] * (len(buffers[0].widths) - 5))
+        next_obs = column(next_obs)
+        buffers[0].add(obs, action, column(reward), next_obs, column(terminated))
         agent.learn(*buffers)
         if hasattr(agent, "update_beta"):
             agent.update_beta()
-        obs, count = columns[3], count + 1
+        obs, count = next_obs, count + 1
 
     if model_based:
         refit()

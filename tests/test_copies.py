@@ -13,14 +13,12 @@ FENCE = "# " + "-" * 118 + "\n# Below: the same in every script."
 
 # Names above the fence whose source is the algorithm's own, with the reason. Methods are compared as Class.method.
 DIFFERS = {
-    "ReplayBuffer": "a row of VMBPO also holds the log-ratio",
-    "ReplayBuffer.__init__": "a row of VMBPO also holds the log-ratio",
     "Risk": "β may be negative where it is fixed",
     "evaluate": "active VEM carries a latent state through an episode and evaluates two policies",
     "train": "the algorithm's loop",
     "Agent": "names the script's own steps",
 }
-AGENT = {"__init__", "act", "actor_loss", "assess", "fit_model", "fit_statistics", "gradient", "imagine", "learn",
+AGENT = {"__init__", "act", "actor_loss", "assess", "fit_model", "gradient", "imagine", "learn",
          "model_loss", "predict", "update", "value"}  # its methods that are the algorithms themselves
 
 

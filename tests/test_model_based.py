@@ -35,8 +35,7 @@ def fill(script, buffer, n=500, seed=0, terminated=None):
     next_obs = obs + torch.cat([obs, action], -1) @ mix + 0.1 * torch.randn(1, n, obs_dim, generator=generator)
     reward = obs.sum(-1, keepdim=True) + action.square().sum(-1, keepdim=True)
     ended = torch.zeros(1, n, 1) if terminated is None else terminated(next_obs)
-    columns = [obs, action, reward, next_obs, ended] + ([torch.zeros(1, n, 1)] if script is not MBPO else [])
-    buffer.add(*(column.expand(trials, -1, -1) for column in columns))
+    buffer.add(*(column.expand(trials, -1, -1) for column in (obs, action, reward, next_obs, ended)))
     return obs, action, reward, next_obs, ended
 
 
@@ -76,7 +75,7 @@ def tilted(script, k, mean, std, beta, trials=1, **flags):
     next_obs = mean + std * torch.randn(1, 20_000, 1)
     zero = torch.zeros(trials, 20_000, 1)
     action = 2 * torch.rand_like(zero) - 1  # the policy acts where there are data
-    buffer.add(zero, action, zero, next_obs.expand(trials, -1, -1), zero, zero)
+    buffer.add(zero, action, zero, next_obs.expand(trials, -1, -1), zero)
     return agent, buffer
 
 
@@ -117,7 +116,7 @@ def test_weights_against_numpy(script):
     weights = agent.transition_weights(buffer)
     torch.manual_seed(3)
     noise = torch.randn(1, 64, 2)
-    obs, action, reward, next_obs, terminated, _ = data
+    obs, action, reward, next_obs, terminated = data
     mean, log_std = agent.actor(next_obs)
     next_action = torch.tanh(mean + torch.exp(log_std) * noise)
     twins = lambda net, s, a: net(torch.cat([s, a], -1)).detach().numpy().min(0)
@@ -141,12 +140,12 @@ def test_infinite_beta_is_the_prior_bit_for_bit():
     assert not torch.equal(agent.model.layers[0].weight, agent.posterior_model.layers[0].weight), "at β = 1 q must leave p"
 
 
-def test_own_posterior_has_a_floor(capsys):
-    """Two independent ensembles differ with all weights 1, where q started at p does not: the floor that is warned of."""
+def test_own_posterior_has_a_floor():
+    """Two independent ensembles differ with all weights 1, where q started at p does not."""
     agent, buffer, _ = build(BETA, fit_rule="constant", max_batches=50, epochs=50, kl_budget=1e-3)
     fill(BETA, buffer)
     agent.log_beta.data.fill_(math.inf)
-    assert agent.fit_model(buffer)["model/kl"].item() > 1e-3 and "no β can meet it" in capsys.readouterr().out
+    assert agent.fit_model(buffer)["model/kl"].item() > 1e-3
 
 
 @pytest.mark.parametrize("script", VARIATIONAL, ids=name)
@@ -205,13 +204,17 @@ def test_divergence_against_distributions(estimator):
 
 @pytest.mark.parametrize("script", VARIATIONAL, ids=name)
 def test_imagined_rows_and_their_log_ratio(script):
-    """s' comes from q and r from p of one elite per chunk; log q/p of s' as torch.distributions has it."""
+    """s' comes from q and r from p of one elite per chunk; β log q/p of s', if it is subtracted, is as it should be."""
     agent, buffer, _ = build(script, beta=0.05, epochs=10)
     fill(script, buffer, 2000)
     agent.fit_model(buffer)
     agent.state_range[0], agent.state_range[1] = -1e6, 1e6
     obs, action = buffer.storage[:, :4000:2, :3], buffer.storage[:, :4000:2, 3:5]
-    next_obs, reward, _, log_ratio = (column.double() for column in agent.predict(obs, action))
+    torch.manual_seed(1)
+    next_obs, reward, _ = (column.double() for column in agent.predict(obs, action))
+    torch.manual_seed(1)
+    agent.args.log_ratio_in_critic = True
+    log_ratio = (reward - agent.predict(obs, action)[1]) / 0.05
     mean, log_var = (x.double().detach() for x in moments(agent, obs, action))
     for i, rows in enumerate(torch.arange(obs.shape[1]).chunk(8)):  # two elites take turns
         elite, chunk = agent.elites[i % 2, 0], slice(rows[0], rows[-1] + 1)
@@ -235,7 +238,7 @@ def test_kl_is_the_tilt_alone():
             agent, buffer, _ = build(BETA, obs_dim=2, action_dim=1, beta=beta, fit_rule=rule, max_batches=200,
                                      epochs=1000, model_dim=64, model_layers=3, ensemble_size=2, num_elites=2, batch_size=64)
             agent.value = lambda obs: 10 * obs.sum(-1, keepdim=True)
-            buffer.add(obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero, zero)
+            buffer.add(obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero)
             for _ in range(3):
                 metrics = agent.fit_model(buffer)
             kl.append(metrics["model/kl"].item())
@@ -250,7 +253,7 @@ def refits(script, beta2):
     agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=400, **sizes)
     obs, action, zero = torch.randn(1, 500, 2), 2 * torch.rand(1, 500, 1) - 1, torch.zeros(1, 500, 1)
     next_obs = obs + 0.1 * obs.flip(-1) * torch.tensor([1.0, -1.0]) + 0.1 * action
-    buffer.add(obs, action, zero, next_obs, *[zero] * (len(buffer.widths) - 4))
+    buffer.add(obs, action, zero, next_obs, zero)
     for opt in agent.opts.values():
         for group in opt.param_groups:
             group["betas"] = (0.9, beta2 or group["betas"][1])
@@ -275,27 +278,27 @@ def test_sign_and_size_of_the_dual_step():
     agent, *_ = build(BETA, trials=4, beta=10.0, kl_budget=0.1, beta_lr=0.5)
     agent.kl.copy_(torch.tensor([0.1 * math.e**2, 0.1 / math.e**2, 1e9, 0.0]))
     agent.update_beta()
-    assert (agent.log_beta - math.log(10)).flatten().tolist() == pytest.approx([0.125, -0.125, 0.5, -0.5], abs=1e-5)
+    assert (agent.log_beta - math.log(10)).flatten().tolist() == pytest.approx([0.25, -0.25, 0.5, -0.5], abs=1e-5)
 
 
 def test_beta_settles_though_the_kl_scatters():
     """KL = ε (60/β)² times log-normal noise, a fit every 250 steps: from every start β ends near 60 and stays there.
 
-    The spread of log β is below 0.4; steps of the clipped KL/ε − 1, simulated beside it, leave it above 0.5.
+    The spread of log β is below 0.25; steps of the clipped KL/ε − 1, simulated beside it, leave it above 0.3.
     """
     agent, *_ = build(BETA, trials=400, kl_budget=0.1, model_dim=4, hidden_dim=4)
     agent.log_beta.data.copy_(torch.tensor([1.0, 10.0, 100.0, 1000.0]).log().repeat(100).view(-1, 1, 1))
     relative = agent.log_beta.detach().clone()
     for _ in range(40):
-        noise = torch.randn_like(relative).mul(1.5).exp()
+        noise = torch.randn_like(relative).mul(0.75).exp()
         agent.kl.copy_((0.1 * (60 / agent.beta).square() * noise).flatten())
         violation = (60 / relative.exp()).square() * noise - 1
         for _ in range(250):
             agent.update_beta()
         relative += 0.75 * violation.clamp(-1, 1)
     ended = agent.log_beta.detach().view(100, 4) - math.log(60)
-    assert ended.mean(0).abs().max() < 0.2 and ended.std(0).max() < 0.4, (ended.mean(0), ended.std(0))
-    assert relative.std() > 0.5, "simple steps do as well: the test shows nothing"
+    assert ended.mean(0).abs().max() < 0.1 and ended.std(0).max() < 0.25, (ended.mean(0), ended.std(0))
+    assert relative.std() > 0.3, "simple steps do as well: the test shows nothing"
 
 
 def test_adam_dual_step_descends_equation_9():
@@ -394,13 +397,13 @@ class PlainSAC:
         u = base.mean + base.stddev * torch.randn(1, *mean.shape)[0]
         return u.tanh(), (base.log_prob(u) - torch.log(1 - u.tanh() ** 2)).sum(-1, keepdim=True)
 
-    def update(self, obs, action, reward, next_obs, terminated, penalty):
+    def update(self, obs, action, reward, next_obs, terminated):
         alpha = self.log_alpha.exp().detach()
         with torch.no_grad():
             next_action, next_log_prob = self.act(next_obs)
             next_q = torch.min(*(net(torch.cat([next_obs, next_action], -1)) for net in self.targets))
             bonus = 0 if self.args.entropy == "none" else alpha * next_log_prob
-            target = reward - penalty + self.args.gamma * (1 - terminated) * (next_q - bonus)
+            target = reward + self.args.gamma * (1 - terminated) * (next_q - bonus)
         loss = sum(((net(torch.cat([obs, action], -1)) - target) ** 2).mean() for net in self.critics)
         self.critic_opt.zero_grad()
         loss.backward()
@@ -421,24 +424,18 @@ class PlainSAC:
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
-@pytest.mark.parametrize("flags", [{"entropy": "both"}, {"entropy": "critic"}, {"entropy": "none"}, {"log_ratio_in_critic": True, "beta": 0.7}], ids=str)
+@pytest.mark.parametrize("flags", [{"entropy": "both"}, {"entropy": "critic"}, {"entropy": "none"}], ids=str)
 def test_three_updates_equal_plain_sac(script, flags):
-    """Critics, target critics, actor and α after three updates; with the log-ratio, β log q/p is subtracted."""
-    if script is MBPO:
-        flags = {key: value for key, value in flags.items() if key == "entropy"}
+    """Critics, target critics, actor and α after three updates."""
     agent, buffer, _ = build(script, learning_rate=1e-2, gamma=0.9, tau=0.1, **flags)
     fill(script, buffer, 32, terminated=lambda s: (s[..., :1] > 0.5).float())
     reference = PlainSAC(agent, script)
     for seed in range(3):
-        columns = list(buffer.storage[:, :32].split(buffer.widths, -1))
-        penalty = torch.zeros(32, 1)
-        if script is not MBPO:
-            columns[5] = torch.randn(1, 32, 1, generator=torch.Generator().manual_seed(seed))
-            penalty = 0.7 * columns[5][0] if flags.get("log_ratio_in_critic") else penalty
+        columns = buffer.storage[:, :32].split(buffer.widths, -1)
         torch.manual_seed(seed)
         agent.update(columns)
         torch.manual_seed(seed)
-        reference.update(*(column[0] for column in columns[:5]), penalty)
+        reference.update(*(column[0] for column in columns))
     pairs = [(agent.actor, (0,), reference.actor)]
     pairs += [(agent.critic, (i, 0), reference.critics[i]) for i in (0, 1)]
     pairs += [(agent.critic_target, (i, 0), reference.targets[i]) for i in (0, 1)]
@@ -616,7 +613,7 @@ def test_known_termination_replaces_the_learned_one(script):
 
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_imagination_stays_in_range_and_follows_its_schedule(script):
-    agent, buffer, model_buffer = build(script, max_horizon=5, horizon_from=100, horizon_until=200, rollouts=20)
+    agent, buffer, model_buffer = build(script, horizon=5, horizon_from=100, horizon_until=200, rollouts=20)
     obs, _, _, next_obs, _ = fill(script, buffer)
     agent.fit_model(buffer)
     agent.targets.std *= 100  # wild predictions
@@ -650,11 +647,11 @@ def test_number_of_minibatches(script):
 
 def test_buffer_wraps_and_samples_every_row():
     buffer = BETA.ReplayBuffer(2, 10, 1, 1, "cpu")
-    row = lambda first, n: torch.arange(first, first + n).float().view(1, n, 1).expand(2, n, 6)
+    row = lambda first, n: torch.arange(first, first + n).float().view(1, n, 1).expand(2, n, 5)
     buffer.add(row(0, 7))
-    assert buffer.rows().shape == (2, 7, 6) and set(buffer.sample(2000)[0, :, 0].tolist()) == set(range(7))
+    assert buffer.rows().shape == (2, 7, 5) and set(buffer.sample(2000)[0, :, 0].tolist()) == set(range(7))
     buffer.add(row(7, 7))
-    assert buffer.rows().shape == (2, 10, 6) and sorted(buffer.storage[1, :, 0].tolist()) == list(range(4, 14))
+    assert buffer.rows().shape == (2, 10, 5) and sorted(buffer.storage[1, :, 0].tolist()) == list(range(4, 14))
     other = BETA.ReplayBuffer(2, 10, 1, 1, "cpu")
     other.load_state_dict(buffer.state_dict())
     other.add(row(14, 1))
@@ -671,7 +668,7 @@ def test_trials_do_not_feel_each_other(script):
     agents = []
     for changed in (False, True):
         torch.manual_seed(0)
-        budget = {"kl_budget": 0.01, "beta": 1.0, "beta_lr": 1.0} if script is BETA else {}  # so that no step is clipped
+        budget = {"kl_budget": 1e-3, "beta": 1.0, "beta_lr": 1.0} if script is BETA else {}  # so that no step is clipped
         agent, buffer, model_buffer = build(script, trials=2, **budget)
         fill(script, buffer, terminated=lambda s: (s[..., :1] > 0.5).float())
         if changed:

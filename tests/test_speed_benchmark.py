@@ -81,9 +81,9 @@ def test_buffers_are_filled_as_asked():
     """To the last row."""
     for rows, expected in ((300, 300), (0, 400)):
         buffer = SPEED.prepare(SPEED.steps("beta_vmbpo", rows, **SMALL))[3][0]
-        obs, action, *_, terminated, log_ratio = buffer.rows().split(buffer.widths, -1)
+        obs, action, *_, terminated = buffer.rows().split(buffer.widths, -1)
         assert buffer.rows().shape[1] == expected and action.abs().max() <= 1 and obs.std() > 0.9
-        assert not terminated.any() and not log_ratio.any()
+        assert not terminated.any()
 
 
 def test_filled_buffers_of_active_vem_hold_whole_episodes():

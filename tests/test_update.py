@@ -52,7 +52,7 @@ def agent_and_buffers(name, **flags):
         return agent, (buffer,)
     buffers = [script.ReplayBuffer(trials, 100, 3, 2, "cpu") for _ in range(1 if name == "sac_iterative" else 2)]
     for buffer in buffers:
-        buffer.add(*columns, *[torch.zeros_like(one)] * (len(buffer.widths) - 5))
+        buffer.add(*columns)
     if name != "sac_iterative":
         agent.fit_model(buffers[0])
     return agent, buffers
