@@ -17,18 +17,17 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
- 2. A fit has two phases: p alone learns first, then q starts at p (parameters, Adam moments) and both see the same
-    minibatches while the rate falls to zero. KL(q‖p) is then the tilt alone and falls as 1/β²; independent fits differ
-    before any tilt, and no β lowers that floor. The rate first rises to three times its own, and Adam's β₂ is 0.95:
-    the second moments of the usual 0.999 are still the last fit's when a fit begins, and can make it undo the last.
-    They also let one rare large gradient move q by three rates at once. `--fit-rule constant`: as in the paper.
+ 2. A fit has two phases: p learns alone, then q starts at p (parameters, Adam moments) and both see the same minibatches.
+    KL(q‖p) is then the tilt alone, where that of independent fits has a floor that no β lowers. Within a fit the rate
+    rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the usual 0.999 are still
+    the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`: as in the paper.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator matched`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  6. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
     `--entropy none`: the policy's standard deviation falls to its floor.
- 7. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update the KL in (13) has
-    gradient zero: it is computed only when `--prior-interval` is above 1.
+ 7. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update, as in C.1, π_κ is
+    the actor itself and the KL in (13) has gradient zero: neither has code of its own.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
     minibatches in the first fit and 200 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
  9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
@@ -142,7 +141,6 @@ class Args:
     beta: Risk = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, ∞ is MBPO, < 0 is averse
     kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from imagined rewards, and so from the target in (12)
-    prior_interval: Count = 1  # updates between copies of the actor into the prior policy
 
     def conflicts(self):
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
@@ -156,10 +154,8 @@ class Args:
             yield "horizon_from", "has no effect with --horizon 1"
         if self.target_entropy is not None and self.entropy == "none":
             yield "target_entropy", "has no effect with --entropy none"
-        if self.updates_per_step % self.prior_interval:
-            yield "prior_interval", "must divide --updates-per-step"
-        if self.beta == 0 or self.beta < 0 and self.prior_interval > 1:
-            yield "beta", "must not be 0, and below 0 only with --prior-interval 1"
+        if self.beta == 0:
+            yield "beta", "must not be 0"
         with refusing(f"--termination-fn {self.termination_fn}"):
             if self.termination_fn and not callable(pkgutil.resolve_name(self.termination_fn)):
                 raise TypeError("not a function")
@@ -297,10 +293,8 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim))
-        self.prior_actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim))
         self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1))
         self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1))
-        self.prior_actor.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
@@ -330,8 +324,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
-        """Actions (trials, n, action_dim) of the prior policy π_κ, or the mean action of q_ω for evaluation."""
-        return self.actor(obs)[0].tanh() if deterministic else self.prior_actor.sample(obs)[0]
+        """Actions (trials, n, action_dim) sampled from the policy, or its mean action for evaluation."""
+        return self.actor(obs)[0].tanh() if deterministic else self.actor.sample(obs)[0]
 
     @torch.no_grad()
     def value(self, obs):
@@ -410,7 +404,7 @@ class Agent(nn.Module):
             for group in self.opts[name].param_groups:
                 group["lr"] = rate
 
-        def step(posterior):
+        def minibatch(posterior):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
@@ -421,17 +415,15 @@ class Agent(nn.Module):
                 weight = weights[buffer.trial, rows]
                 self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
 
-        prior_step, joint_step = captured(partial(step, False), args), captured(partial(step, True), args)
+        prior_step, joint_step = captured(partial(minibatch, False), args), captured(partial(minibatch, True), args)
         start = int(POSTERIOR_START * batches) if args.fit_rule == "two_phase" else 0
         for i in range(batches):
             if args.fit_rule == "two_phase":
                 rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
                 if i == start:
                     self.start_posterior()
-            if i < start:
-                prior_step()
-            else:
-                joint_step()
+            step = prior_step if i < start else joint_step
+            step()
         metrics = self.assess(buffer, weights)
         torch.set_float32_matmul_precision(args.matmul_precision)
         return metrics
@@ -489,7 +481,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
-        """Branch `rollouts` short roll-outs of the variational dynamics from replayed states (Algorithm 1)."""
+        """Branch `rollouts` short roll-outs in the dynamics from replayed states."""
         args = self.args
         horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (1, args.horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
@@ -512,10 +504,6 @@ class Agent(nn.Module):
         action, log_prob = self.actor.sample(obs)
         q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
         loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
-        if self.args.prior_interval > 1:
-            (mean, log_std), (prior_mean, prior_log_std) = self.actor(obs), self.prior_actor(obs)
-            kl = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp()))
-            loss = loss + self.beta * kl.sum(-1, keepdim=True)  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
         return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
 
@@ -536,10 +524,8 @@ class Agent(nn.Module):
         args, num_real = self.args, round(self.args.real_ratio * self.args.batch_size)
         rows = [source.sample(args.updates_per_step * n).unflatten(1, (args.updates_per_step, n))
                 for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]
-        for i, batch in enumerate(torch.cat(rows, 2).unbind(1)):  # (trials, updates, batch, row)
+        for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
-            if i % args.prior_interval == 0:
-                self.prior_actor.load_state_dict(self.actor.state_dict())  # eq. (14)
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
                 "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.detach().exp().flatten()}
 

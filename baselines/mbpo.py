@@ -9,19 +9,19 @@ After Janner et al., "When to Trust Your Model" (2019), with the settings of the
 An ensemble of Gaussian dynamics p(s',r|s,a) is fitted to replayed transitions by maximum likelihood; soft actor-critic
 learns from short roll-outs that branch off replayed states, mixed with real transitions.
 
-    J(θ) = −E_env[log p_θ(s',r|s,a)]
-    J(ψ) = E_model[(Q_ψ(s,a) − r − γ (min Q'(s',a') − α log π(a'|s')))²],  a' ~ π(·|s')
-    J(ω) = E_model[E_{a~π}[α log π(a|s) − min Q(s,a)]],  J(α) = E[−α (log π(a|s) + target entropy)]
+    J(θ) = −E_env[log p_θ(s',r|s,a)]                                                                    (10)
+    J(ψ) = E_model[(Q_ψ(s,a) − r − γ V'(s'))²],  V'(s') = E_π[min Q'(s',a') − α log π(a'|s')]           (12)
+    J(ω) = E_model[E_{a~π}[α log π(a|s) − min Q(s,a)]],  J(α) = E[−α (log π(a|s) + target entropy)]     (13)
 
-Deviations from Janner et al., each with the flag that goes back where there is one:
- 1. The dynamics are trained for a fixed number of passes, as in the β-VMBPO paper, not until a hold-out error rests.
- 2. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
- 3. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
-    out for good, so that warm-started members never train on it.
- 4. At least 400 minibatches in the first fit, 200 to 800 in later ones. Roll-outs are dealt to the elites in chunks.
-    Within a fit the rate rises to three times its own and falls to zero, and Adam's β₂ is 0.95: the second moments of
-    the usual 0.999 are still the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`:
-    neither.
+The numbers are those of the β-VMBPO paper, whose objectives these are where q is p. Deviations from Janner et al., each
+with the flag that goes back where there is one:
+ 1. A fit makes a fixed number of passes, as in the β-VMBPO paper, but at least 400 minibatches at first and 200 to 800
+    later. Janner et al. stop when a hold-out error rests.
+ 2. Within a fit the rate rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the
+    usual 0.999 are still the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`: neither.
+ 3. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
+ 4. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
+    out for good, so that warm-started members never train on it. Roll-outs are dealt to the elites in chunks.
  5. The target entropy is −(action dimensions)/2, which is close to their values per task. `--target-entropy`: another.
 
     python baselines/mbpo.py --env-id Walker2d-v4
@@ -280,8 +280,8 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
 
-        model_dims = (args.model_dim,) * args.model_layers
-        self.model = Dynamics((args.ensemble_size, trials), obs_dim + action_dim, obs_dim + 1, model_dims)
+        ensemble, model_dims = (args.ensemble_size, trials), (args.model_dim,) * args.model_layers
+        self.model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)
         self.terminator = StackedMLP((trials,), (obs_dim, 64, 64, 1))
         self.inputs, self.targets = Normalizer(trials, obs_dim + action_dim), Normalizer(trials, obs_dim + 1)
         self.states = Normalizer(trials, obs_dim)
@@ -333,7 +333,7 @@ class Agent(nn.Module):
         if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
             nll = nll * (self.args.variance_weight * log_var.detach()).exp()
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
-        return nll.mean((-2, -1)).sum() + bounds.sum()
+        return nll.mean((-2, -1)).sum() + bounds.sum()  # eq. (10)
 
     def termination_loss(self, next_obs, terminated):
         logit = self.terminator(self.states(next_obs))
@@ -362,7 +362,7 @@ class Agent(nn.Module):
             for group in self.opts[name].param_groups:
                 group["lr"] = rate
 
-        def step():
+        def minibatch():
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
@@ -370,7 +370,7 @@ class Agent(nn.Module):
             _, _, _, next_obs, terminated, *_ = batch
             self.descend("terminator", self.termination_loss(next_obs[0], terminated[0]))
 
-        step = captured(step, args)
+        step = captured(minibatch, args)
         for i in range(batches):
             if args.fit_rule == "two_phase":
                 rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
@@ -386,7 +386,7 @@ class Agent(nn.Module):
         held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
         obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))
+        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
         obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
         imagined_obs, _, imagined_end = self.predict(obs, action)
@@ -398,15 +398,17 @@ class Agent(nn.Module):
         """s', r ~ p and P(end at s'); rows are dealt to the elites in equal chunks."""
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            mean, log_var = self.moments(self.model, o, a, (elite, range(len(o))))  # (trials, n, out)
+            members = (elite, range(len(o)))
+            mean, log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
             sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
-            next_obs, reward = (o + sample[..., : self.obs_dim]).clamp(*self.state_range), sample[..., self.obs_dim :]
+            next_obs = (o + sample[..., : self.obs_dim]).clamp(*self.state_range)
+            reward = sample[..., self.obs_dim :]
             columns.append((next_obs, reward, self.termination(o, a, next_obs)))
         return [torch.cat(column, 1) for column in zip(*columns)]
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
-        """Branch `rollouts` short roll-outs of the dynamics from replayed states."""
+        """Branch `rollouts` short roll-outs in the dynamics from replayed states."""
         args = self.args
         horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (1, args.horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
@@ -428,16 +430,16 @@ class Agent(nn.Module):
     def actor_loss(self, obs):
         action, log_prob = self.actor.sample(obs)
         q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
-        loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q
+        loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
         return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
 
     def update(self, batch):
         """One step of critics, actor and α on columns (trials, n, ·); returns q, its target and log-probabilities."""
         obs, action, reward, next_obs, terminated = batch
-        target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)
+        target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
-        self.descend("critic", (q - target).square().mean((-2, -1)).sum())
+        self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         loss, log_prob = self.actor_loss(obs)
         self.descend("actor", loss)
         with torch.no_grad():

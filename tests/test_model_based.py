@@ -446,42 +446,6 @@ def test_three_updates_equal_plain_sac(script, flags):
     assert agent.log_alpha.item() == pytest.approx(reference.log_alpha.item(), abs=1e-5) and agent.log_alpha.item() != 0
 
 
-@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
-def test_prior_policy_regularises_the_actor(script):
-    """The loss (13) gains β KL(q_ω ‖ π_κ), which is zero with zero gradient where κ = ω: why it is skipped at interval 1."""
-    agent, buffer, _ = build(script, prior_interval=5, beta=3.0)
-    obs = torch.randn(1, 64, 3)
-
-    def loss_of(interval):
-        agent.args.prior_interval = interval
-        torch.manual_seed(2)
-        agent.zero_grad()
-        loss = agent.actor_loss(obs)[0]
-        loss.backward()
-        return loss.detach(), [parameter.grad.clone() for parameter in agent.actor.parameters()]
-
-    (plain, plain_grad), (same, same_grad) = loss_of(1), loss_of(5)
-    torch.testing.assert_close(plain, same)
-    for one, other in zip(plain_grad, same_grad):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-    agent.prior_actor.load_state_dict(script.Actor((1,), (3, 16, 16, 4)).state_dict())
-    (mean, log_std), (prior_mean, prior_log_std) = agent.actor(obs), agent.prior_actor(obs)
-    kl = kl_divergence(Normal(mean, log_std.exp()), Normal(prior_mean, prior_log_std.exp())).sum(-1).mean()
-    assert (loss_of(5)[0] - loss_of(1)[0]).item() == pytest.approx(3 * kl.item(), rel=1e-4) and kl > 0
-
-
-@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
-@pytest.mark.parametrize("interval", [1, 4])
-def test_prior_policy_is_copied_at_its_interval(script, interval):
-    agent, buffer, model_buffer = build(script, prior_interval=interval, updates_per_step=8, real_ratio=1.0)
-    fill(script, buffer)
-    equal, update = [], agent.update
-    same = lambda: all(torch.equal(a, b) for a, b in zip(agent.actor.parameters(), agent.prior_actor.parameters()))
-    agent.update = lambda batch: equal.append(same()) or update(batch)
-    agent.learn(buffer, model_buffer)
-    assert [*equal[1:], same()] == [i % interval == 0 for i in range(8)]
-
-
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_no_gradient_leaks(script):
     """Fits leave actor and critics alone; the actor's step leaves the critics' gradients alone; targets have none."""
