@@ -346,16 +346,22 @@ class Agent(nn.Module):
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
+    def descend(self, name, loss):
+        """One step of an optimizer, with gradients of its own parameters alone."""
+        opt = self.opts[name]
+        opt.zero_grad()
+        loss.backward(inputs=[parameter for group in opt.param_groups for parameter in group["params"]])
+        opt.step()
+
     @torch.no_grad()
     def transition_weights(self, buffer):
         """exp(δ/β) of every replayed transition, scaled to mean 1 per trial: (trials, n, 1)."""
-        rows = buffer.rows()
-        weights = torch.empty_like(rows[..., :1])
-        for part in torch.arange(rows.shape[1], device=rows.device).split(10_000):  # for smaller temporaries
-            obs, action, reward, next_obs, terminated = rows[:, part].split(buffer.widths, -1)
+        deltas = []
+        for rows in buffer.rows().split(10_000, 1):  # for smaller temporaries
+            obs, action, reward, next_obs, terminated = rows.split(buffer.widths, -1)
             q = self.critic(torch.cat([obs, action], -1)).amin(0)
-            delta = reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q
-            weights[:, part] = (delta / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp()  # eq. (11)
+            deltas.append(reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q)
+        weights = (torch.cat(deltas, 1) / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp()  # eq. (11)
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
     def model_loss(self, model, batch, weights=1.0):
@@ -388,6 +394,57 @@ class Agent(nn.Module):
         for prior, posterior in zip(self.model.parameters(), self.posterior_model.parameters()):
             moments = self.opts["model"].state[prior]
             self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in moments.items()}
+
+    @torch.no_grad()
+    def divergence(self, obs):
+        """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
+        action, _ = self.actor.sample(obs)
+        gaussians = []
+        for model in (self.posterior_model, self.model):
+            mean, log_var = self.moments(model, obs, action, (self.elites, range(len(obs))))  # (elites, trials, n, out)
+            var = log_var.exp()
+            if self.args.kl_estimator == "mixture":
+                var = (var + (mean - mean.mean(0)).square()).mean(0, keepdim=True)
+                mean = mean.mean(0, keepdim=True)
+            gaussians.append(Normal(mean, var.sqrt()))
+        return kl_divergence(*gaussians)[..., : self.obs_dim].sum(-1).mean((0, -1))
+
+    @torch.no_grad()
+    def predict(self, obs, action):
+        """s' ~ q_φ, r ~ p_θ and P(end at s'); rows are dealt to the elites in equal chunks."""
+        columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
+        for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
+            members = (elite, range(len(o)))
+            prior_mean, prior_log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
+            posterior_mean, posterior_log_var = self.moments(self.posterior_model, o, a, members)
+            prior = Normal(prior_mean, (0.5 * prior_log_var).exp())
+            posterior = Normal(posterior_mean, (0.5 * posterior_log_var).exp())
+            sample = posterior.sample()
+            next_obs = (o + self.targets.inverse(sample)[..., : self.obs_dim]).clamp(*self.state_range)
+            reward = self.targets.inverse(prior.sample())[..., self.obs_dim :]
+            if self.args.log_ratio_in_critic:
+                log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
+                reward = reward - self.beta * log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)  # eq. (12)
+            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
+        return [torch.cat(column, 1) for column in zip(*columns)]
+
+    @torch.no_grad()
+    def assess(self, buffer, weights):
+        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
+        held_out = buffer.rows()[:, ::HOLD_OUT_EVERY]
+        held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
+        obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
+        target = self.targets(torch.cat([next_obs - obs, reward], -1))
+        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
+        posterior_error = (self.moments(self.posterior_model, obs, action)[0] - target).square().mean((-2, -1))
+        self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
+        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
+        imagined_obs, _, imagined_end = self.predict(obs, action)
+        gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
+        sample_size = 1 / weights.square().mean((-2, -1))
+        return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
+                "model/optimism_gap": gap.mean((-2, -1)), "model/effective_sample_size": sample_size,
+                "model/kl": self.divergence(obs)}
 
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
@@ -429,57 +486,6 @@ class Agent(nn.Module):
         return metrics
 
     @torch.no_grad()
-    def assess(self, buffer, weights):
-        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
-        held_out = buffer.rows()[:, ::HOLD_OUT_EVERY]
-        held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
-        obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
-        target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
-        posterior_error = (self.moments(self.posterior_model, obs, action)[0] - target).square().mean((-2, -1))
-        self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
-        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
-        imagined_obs, _, imagined_end = self.predict(obs, action)
-        gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
-        sample_size = 1 / weights.square().mean((-2, -1))
-        return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
-                "model/optimism_gap": gap.mean((-2, -1)), "model/effective_sample_size": sample_size,
-                "model/kl": self.divergence(obs)}
-
-    @torch.no_grad()
-    def divergence(self, obs):
-        """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
-        action, _ = self.actor.sample(obs)
-        gaussians = []
-        for model in (self.posterior_model, self.model):
-            mean, log_var = self.moments(model, obs, action, (self.elites, range(len(obs))))  # (elites, trials, n, out)
-            var = log_var.exp()
-            if self.args.kl_estimator == "mixture":
-                var = (var + (mean - mean.mean(0)).square()).mean(0, keepdim=True)
-                mean = mean.mean(0, keepdim=True)
-            gaussians.append(Normal(mean, var.sqrt()))
-        return kl_divergence(*gaussians)[..., : self.obs_dim].sum(-1).mean((0, -1))
-
-    @torch.no_grad()
-    def predict(self, obs, action):
-        """s' ~ q_φ, r ~ p_θ and P(end at s'); rows are dealt to the elites in equal chunks."""
-        columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
-        for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            members = (elite, range(len(o)))
-            prior_mean, prior_log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
-            posterior_mean, posterior_log_var = self.moments(self.posterior_model, o, a, members)
-            prior = Normal(prior_mean, (0.5 * prior_log_var).exp())
-            posterior = Normal(posterior_mean, (0.5 * posterior_log_var).exp())
-            sample = posterior.sample()
-            next_obs = (o + self.targets.inverse(sample)[..., : self.obs_dim]).clamp(*self.state_range)
-            reward = self.targets.inverse(prior.sample())[..., self.obs_dim :]
-            if self.args.log_ratio_in_critic:
-                log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
-                reward = reward - self.beta * log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)  # eq. (12)
-            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
-        return [torch.cat(column, 1) for column in zip(*columns)]
-
-    @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
         """Branch `rollouts` short roll-outs in the dynamics from replayed states."""
         args = self.args
@@ -492,13 +498,6 @@ class Agent(nn.Module):
             if horizon > 1:  # a branch that ended starts again from a replayed state
                 fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
                 obs = torch.where(torch.rand_like(terminated) < terminated, fresh, next_obs)
-
-    def descend(self, name, loss):
-        """One step of an optimizer, with gradients of its own parameters alone."""
-        opt = self.opts[name]
-        opt.zero_grad()
-        loss.backward(inputs=[parameter for group in opt.param_groups for parameter in group["params"]])
-        opt.step()
 
     def actor_loss(self, obs):
         action, log_prob = self.actor.sample(obs)

@@ -324,6 +324,13 @@ class Agent(nn.Module):
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
+    def descend(self, name, loss):
+        """One step of an optimizer, with gradients of its own parameters alone."""
+        opt = self.opts[name]
+        opt.zero_grad()
+        loss.backward(inputs=[parameter for group in opt.param_groups for parameter in group["params"]])
+        opt.step()
+
     def model_loss(self, model, batch):
         """Negative log-likelihood of one minibatch per member."""
         obs, action, reward, next_obs, *_ = batch  # (ensemble, trials, n, ·)
@@ -347,6 +354,33 @@ class Agent(nn.Module):
         self.states.fit(next_obs)
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
         self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+
+    @torch.no_grad()
+    def predict(self, obs, action):
+        """s', r ~ p and P(end at s'); rows are dealt to the elites in equal chunks."""
+        columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
+        for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
+            members = (elite, range(len(o)))
+            mean, log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
+            sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
+            next_obs = (o + sample[..., : self.obs_dim]).clamp(*self.state_range)
+            reward = sample[..., self.obs_dim :]
+            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
+        return [torch.cat(column, 1) for column in zip(*columns)]
+
+    @torch.no_grad()
+    def assess(self, buffer):
+        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
+        held_out = buffer.rows()[:, ::HOLD_OUT_EVERY]
+        held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
+        obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
+        target = self.targets(torch.cat([next_obs - obs, reward], -1))
+        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
+        self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
+        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
+        imagined_obs, _, imagined_end = self.predict(obs, action)
+        gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
+        return {"model/prior_error": prior_error.mean(0), "model/optimism_gap": gap.mean((-2, -1))}
 
     def fit_model(self, buffer):
         """Fit dynamics and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
@@ -380,33 +414,6 @@ class Agent(nn.Module):
         return metrics
 
     @torch.no_grad()
-    def assess(self, buffer):
-        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
-        held_out = buffer.rows()[:, ::HOLD_OUT_EVERY]
-        held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
-        obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
-        target = self.targets(torch.cat([next_obs - obs, reward], -1))
-        prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
-        self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
-        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
-        imagined_obs, _, imagined_end = self.predict(obs, action)
-        gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
-        return {"model/prior_error": prior_error.mean(0), "model/optimism_gap": gap.mean((-2, -1))}
-
-    @torch.no_grad()
-    def predict(self, obs, action):
-        """s', r ~ p and P(end at s'); rows are dealt to the elites in equal chunks."""
-        columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
-        for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            members = (elite, range(len(o)))
-            mean, log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
-            sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
-            next_obs = (o + sample[..., : self.obs_dim]).clamp(*self.state_range)
-            reward = sample[..., self.obs_dim :]
-            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
-        return [torch.cat(column, 1) for column in zip(*columns)]
-
-    @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
         """Branch `rollouts` short roll-outs in the dynamics from replayed states."""
         args = self.args
@@ -419,13 +426,6 @@ class Agent(nn.Module):
             if horizon > 1:  # a branch that ended starts again from a replayed state
                 fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
                 obs = torch.where(torch.rand_like(terminated) < terminated, fresh, next_obs)
-
-    def descend(self, name, loss):
-        """One step of an optimizer, with gradients of its own parameters alone."""
-        opt = self.opts[name]
-        opt.zero_grad()
-        loss.backward(inputs=[parameter for group in opt.param_groups for parameter in group["params"]])
-        opt.step()
 
     def actor_loss(self, obs):
         action, log_prob = self.actor.sample(obs)
