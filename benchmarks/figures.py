@@ -12,6 +12,7 @@ of them go on. `--from-csv` draws the figure again from the committed csv, witho
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -54,6 +55,7 @@ class Args:
     against: tuple[Literal["steps", "hours", "labels"], ...] = ("steps",)  # x-axes; labels: each trial's last quarter
     reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
+    solved: float | None = None  # tell at which steps the trials first return as much, and which return less again
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
     from_csv: bool = False  # draw from the committed csv
@@ -203,11 +205,34 @@ def draw(args, rows, figure):
     if args.against[0] != "labels":
         axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
     for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
-        if metric == "eval/return":
-            last = max(int(row["step"]) for row in rows)
-            values = [float(row["value"]) for row in rows if int(row["step"]) == last]
-            yield (f"{task} {label}: return at step {last}: {np.mean(values):.1f} ± {np.std(values):.1f} "
-                   f"({', '.join(f'{value:.0f}' for value in values)})".lstrip())
+        if metric != "time/hours":
+            yield f"{task} {label}: {tell(rows, args.solved)}".lstrip()
+
+
+def tell(rows, solved=None):
+    """A curve in words: the returns at the end and when they are solved for good, or a metric's second half."""
+    metric, (steps, values) = rows[0]["metric"], curve(rows)
+    half = values[steps >= steps[-1] / 2]
+    if metric in LOG_METRICS:
+        logs = np.log10(np.maximum(half, 1e-8))
+        spread = " ".join(f"{trial:.2f}" for trial in logs.std(0))
+        each = " ".join(f"{trial:.3g}" for trial in 10 ** logs.mean(0))
+        return f"{metric} in the second half: {10 ** logs.mean():.3g} (by trial {each}; log10 ± {spread})"
+    if metric != "eval/return":
+        return f"{metric} in the second half: {half.mean():.3g}"
+    each = ", ".join(f"{trial:.0f}" for trial in values[-1])
+    text = f"return at step {steps[-1]}: {values[-1].mean():.1f} ± {values[-1].std():.1f} ({each})"
+    if solved is None:
+        return text
+    firsts, falls, last = [], [], 0
+    for trial, returns in enumerate(values.T):
+        above = returns >= solved
+        first = steps[above][0] if above.any() else math.inf
+        firsts.append(f"{first:g}" if above.any() else "never")
+        falls += [f"trial {trial} {returns[j]:.0f} at {steps[j]}" for j in np.flatnonzero(~above & (steps > first))]
+        last = max(last, *steps[~above], 0)
+    stay = f"all stay from {steps[steps > last][0]}" if last < steps[-1] else "not all at the end"
+    return f"{text}; {solved:g} first at {', '.join(firsts)}; {stay}; again below: {', '.join(falls) or 'none'}"
 
 
 def main(args):

@@ -106,6 +106,27 @@ def test_figure_and_thinned_csv(here, capsys):
     assert (here / "figures/made_up.png").read_bytes() == picture
 
 
+def table_of(metric, steps, *trials):
+    return [{"metric": metric, "step": str(step), "value": str(value)}
+            for i, step in enumerate(steps) for value in [trial[i] for trial in trials]]
+
+
+def test_a_curve_in_words():
+    """By hand: the second half begins at step 20 of 40; the second trial falls back at 30, the third is never there."""
+    kl = table_of("model/kl", (10, 20, 30, 40), (9, 0.1, 1, 10), (9, 0.01, 0.01, 0.01))
+    assert FIGURES.tell(kl) == "model/kl in the second half: 0.1 (by trial 1 0.01; log10 ± 0.82 0.00)"
+    size = table_of("model/effective_sample_size", (10, 20), (0.5, 0.25))
+    assert FIGURES.tell(size) == "model/effective_sample_size in the second half: 0.375"
+    returns = [(0, 1000, 1000, 960), (0, 980, 5, 1000), (1, 2, 3, 4)]
+    text = FIGURES.tell(table_of("eval/return", (10, 20, 30, 40), *returns), solved=950)
+    assert text.startswith("return at step 40: 654.7 ± 460.4 (960, 1000, 4); 950 first at 20, 20, never; ")
+    assert text.endswith("not all at the end; again below: trial 1 5 at 30")
+    text = FIGURES.tell(table_of("eval/return", (10, 20, 30, 40), *returns[:2]), solved=950)
+    assert text.endswith("950 first at 20, 20; all stay from 40; again below: trial 1 5 at 30")
+    assert FIGURES.tell(table_of("eval/return", (10, 20), (1, 1)), solved=1).endswith(
+        "1 first at 10; all stay from 10; again below: none")
+
+
 def test_against_hours_and_labels(here, drawn):
     """Run two is twice as fast; of the labels, the mean of the last quarter of each trial."""
     runs = (str(here / "one"), str(here / "two"))
