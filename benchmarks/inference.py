@@ -2,8 +2,6 @@
 
     python benchmarks/inference.py improvement --run RUN                            # Figure 2; RUN trained with K = 10
     python benchmarks/inference.py gap --total-steps 5000 --flags="--env-id Pendulum-v1 --trials 3"
-    python benchmarks/inference.py landscape --run RUN --dims 0 1
-    python benchmarks/inference.py optimizers --run RUN
 
 Figures and equations are those of Marino, Piché and Yue, "On the Design of Variational RL Algorithms". Each command
 writes benchmarks/results/NAME.csv and benchmarks/figures/NAME.png, where NAME is --out or inference_EXPERIMENT_ENV;
@@ -36,7 +34,7 @@ SAC = load_script("sac_iterative")
 ROWS = 2**15  # actions that the critics judge at a time: bounds the memory, not the result
 
 
-# J̃ and its optimizers
+# J̃ and its inference
 
 
 def common_noise(obs, samples, action_dim, seed):
@@ -98,34 +96,6 @@ def best(trace, values):
     return trace.gather(0, index[None, ..., None, None].expand(1, *trace.shape[1:]))[0], value
 
 
-@torch.no_grad()
-def cem(agent, obs, start, steps, population, elites, noise=None):
-    """Mean λ_0, ..., λ_steps (as `learned`) of the cross-entropy method on the λ of each state, from spread 1."""
-    mean, std, trace = start, torch.ones_like(start), [start]
-    for _ in range(steps):
-        shape = (obs.shape[0], population, *start.shape[1:])  # (trials, population, n, 2, action_dim)
-        candidates = mean.unsqueeze(1) + std.unsqueeze(1) * torch.randn(shape, dtype=obs.dtype, device=obs.device)
-        candidates[..., 1, :].clamp_(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)
-        drawn = agent.noise(obs, agent.args.action_samples) if noise is None else noise  # one for all candidates
-        flat = obs.repeat(1, population, 1), candidates.flatten(1, 2), drawn.repeat(1, 1, population, 1)
-        index = estimate(agent, *flat).unflatten(1, shape[1:3]).topk(elites, 1).indices  # (trials, elites, n)
-        chosen = candidates.gather(1, index[..., None, None].expand(-1, -1, -1, *start.shape[2:]))
-        mean, std = chosen.mean(1), chosen.std(1)
-        trace.append(mean)
-    return torch.stack(trace)
-
-
-def distinct_modes(actions, values, distance):
-    """Greedily from the best J̃ (n,): the ends that lie further than `distance` from every mode before them in some
-    dimension of tanh μ (n, action_dim). Returns their indices, each with the number of ends nearest to it."""
-    found = []
-    for i in values.argsort(descending=True).tolist():
-        if all((actions[i] - actions[j]).abs().max() > distance for j in found):
-            found.append(i)
-    nearest = (actions[:, None] - actions[found]).abs().amax(-1).argmin(1)  # (n,)
-    return dict(zip(found, torch.bincount(nearest, minlength=len(found)).tolist()))
-
-
 # Runs
 
 
@@ -139,12 +109,6 @@ def buffer_states(buffer, n, seed):
     rows, generator = buffer.rows(), torch.Generator().manual_seed(seed)
     index = torch.randint(rows.shape[1], (len(rows), n), generator=generator)
     return rows[buffer.trial, index.to(rows.device), : buffer.widths[0]]
-
-
-def only_trial(agent, trial):
-    """Keep one trial of the agent; the twin critics are stacked before the trials."""
-    for name, parameter in agent.named_parameters():
-        parameter.data = parameter.data.narrow(int(name.startswith("critic")), trial, 1)
 
 
 def roll_out(agent, args, episodes, iters):
@@ -326,134 +290,8 @@ class Gap(Experiment):
         axes[0].legend(fontsize=8)
 
 
-@dataclasses.dataclass
-class Landscape(OnRun):
-    """J̃ over two dimensions of λ for one state of the replay buffer, the others at λ_K from the prior; λ_0, ..., λ_K
-    from the prior and from random means, projected on the two; and the distinct modes where the network and Adam end
-    from these starts, of which the network has met only the prior in training."""
-
-    dims: tuple[int, int] = (0, 1)  # axes: action means counted from 0; beyond them log σ, so that 0 1 suits one action
-    trial: int = 0  # whose agent
-    state: int = 0  # which of the states drawn from the replay buffer
-    iters: int = 10  # K
-    starts: int = 32  # the prior and random means, uniform in (-0.95, 0.95) after the tanh
-    paths: int = 6  # starts whose trajectories are drawn
-    grid: int = 41  # points per axis
-    adam_steps: int = 200
-    adam_rate: float = 0.05
-    distance: float = 0.1  # of tanh μ, in some dimension, between distinct modes
-    name = "landscape"
-    size = 6, 5
-
-    def measure(self):
-        agent, saved, buffer = open_run(self.run, self.device, self.seed)
-        size = agent.prior.shape[-1]
-        if self.dims[0] == self.dims[1] or max(self.dims) >= 2 * size:
-            fail(f"--dims {self.dims[0]} {self.dims[1]}: two different ones below {2 * size}")
-        if self.trial >= saved.trials:
-            fail(f"--trial {self.trial}: the run's trials are 0 to {saved.trials - 1}")
-        only_trial(agent, self.trial)
-        obs = buffer_states(buffer, self.state + 1, self.seed)[self.trial, self.state].view(1, 1, -1)
-        noise = common_noise(obs, self.samples, size, self.seed)
-        start = agent.prior.repeat(1, self.starts, 1, 1)
-        uniform = torch.rand(self.starts - 1, size, generator=torch.Generator().manual_seed(self.seed))
-        start[0, 1:, 0] = (0.95 * (2 * uniform - 1)).atanh().to(obs)
-        many = obs.expand(-1, self.starts, -1), noise.expand(-1, -1, self.starts, -1)  # the same state, the same draw
-        trace = learned(agent, many[0], self.iters, start)
-        value = torch.stack([estimate(agent, many[0], params, many[1]) for params in trace])
-
-        def rows(kind, start, k, params, value):
-            """One row per λ (n, 2, action_dim) with its J̃ (n,)."""
-            flat = params.flatten(-2)
-            x, y = (flat[:, d].tanh() if d < size else flat[:, d] for d in self.dims)
-            names = [f"tanh μ_{d}" if d < size else f"log σ_{d - size}" for d in self.dims]
-            for row in zip(start, k, x.tolist(), y.tolist(), value.tolist()):
-                yield {"kind": kind, "x_axis": names[0], "y_axis": names[1],
-                       **dict(zip(("start", "k", "x", "y", "objective"), row))}
-
-        limits = [(-0.99, 0.99) if d < size else (SAC.LOG_STD_MIN, SAC.LOG_STD_MAX) for d in self.dims]
-        places = torch.meshgrid(*(torch.linspace(*limit, self.grid) for limit in limits), indexing="ij")
-        n = self.grid**2
-        points = trace[-1, 0, :1].flatten(-2).repeat(n, 1)  # (n, 2 * action_dim)
-        for d, place in zip(self.dims, places):
-            points[:, d] = (place.atanh() if d < size else place).flatten().to(points)
-        points = points.view(1, n, 2, size)
-        over = estimate(agent, obs.expand(-1, n, -1), points, noise.expand(-1, -1, n, -1))[0]
-        yield from rows("grid", itertools.repeat(0), itertools.repeat(0), points[0], over)
-        for i in range(min(self.paths, self.starts)):
-            yield from rows("path", itertools.repeat(i), itertools.count(), trace[:, 0, i], value[:, 0, i])
-        climbed = adam(agent, many[0], start, self.adam_steps, self.adam_rate, many[1])
-        for kind, (params, top) in {"network": (trace[-1], value[-1]), "adam": best(*climbed)}.items():
-            modes = distinct_modes(params[0, :, 0].tanh(), top[0], self.distance)
-            yield from rows(kind, modes, modes.values(), params[0, [*modes]], top[0, [*modes]])  # k: ends nearby
-
-    def draw(self, rows, figure):
-        kinds, axis = group(rows, "kind"), figure.subplots()
-        columns = lambda rows, *names: [np.array([float(row[name]) for row in rows]) for name in names]
-        x, y, z = columns(kinds["grid"], "x", "y", "objective")
-        shape = round(len(x) ** 0.5), -1
-        figure.colorbar(axis.contourf(x.reshape(shape), y.reshape(shape), z.reshape(shape), levels=40), label="J̃")
-        for start, path in group(kinds["path"], "start").items():
-            axis.plot(*columns(path, "x", "y"), ".-", color="white" if start == "0" else f"C{start}", linewidth=1)
-        styles = {"network": {"facecolors": "none", "edgecolors": "red"}, "adam": {"marker": "x", "color": "red"}}
-        for kind, style in styles.items():
-            modes = kinds[kind]
-            axis.scatter(*columns(modes, "x", "y"), s=60, zorder=3, label=f"{kind}: {len(modes)} mode(s)", **style)
-            found = ", ".join(f"{float(row['objective']):.4g} (nearest to {row['k']} starts)" for row in modes[:8])
-            yield f"{kind}: {len(modes)} distinct mode(s), J̃ {found}" + ", ..." * (len(modes) > 8)
-        axis.set(xlabel=rows[0]["x_axis"], ylabel=rows[0]["y_axis"], title="λ_0 to λ_K (white: from the prior)")
-        axis.legend(fontsize=8)
-
-
-@dataclasses.dataclass
-class Optimizers(OnRun):
-    """J̃ of the learned optimizer, of Adam and of CEM on the same states, all from the prior and with fresh noise of as
-    many actions as in training at each iteration. A gradient counts as two judged actions, for its pass back."""
-
-    iters: int = 20  # K
-    states: int = 200  # per trial
-    adam_rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # one curve each
-    population: int = 64  # of CEM
-    elites: int = 8  # of CEM
-    name = "optimizers"
-
-    def measure(self):
-        if self.elites > self.population:
-            fail(f"--elites {self.elites}: must be at most --population {self.population}")
-        agent, saved, buffer = open_run(self.run, self.device, self.seed)
-        obs = buffer_states(buffer, self.states, self.seed)
-        start, gradients = agent.prior.repeat(*obs.shape[:2], 1, 1), 2 * agent.args.action_samples
-        noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
-        first = estimate(agent, obs, start, noise)
-
-        def rows(name, cost, trace):
-            for k, params in enumerate(trace):
-                value = estimate(agent, obs, params, noise)
-                for trial in range(saved.trials):
-                    yield {"optimizer": name, "k": k, "trial": trial, "judged_actions": cost * k,
-                           **moments("objective", value[trial]), **moments("improvement", (value - first)[trial])}
-
-        yield from rows("learned", gradients * agent.iterative, learned(agent, obs, self.iters))
-        for rate in self.adam_rates:
-            yield from rows(f"Adam {rate:g}", gradients, adam(agent, obs, start, self.iters, rate)[0])
-        means = cem(agent, obs, start, self.iters, self.population, self.elites)
-        yield from rows("CEM", self.population * agent.args.action_samples, means)
-
-    def draw(self, rows, figure):
-        axes = figure.subplots(1, 2, sharey=True)
-        for name, lines in group(rows, "optimizer").items():
-            k, mean, std = pooled(lines, "k", "improvement")
-            axes[0].plot(k, mean, marker=".", label=name)
-            axes[1].plot(pooled(lines, "k", "judged_actions")[1], mean, marker=".")
-            yield f"{name}: J̃(λ_{k[-1]:.0f}) − J̃(λ_0) {mean[-1]:.4g} ± {std[-1]:.4g} over states and trials"
-        axes[0].set(xlabel="iteration", ylabel="J̃(λ_k) − J̃(λ_0), mean over states and trials")
-        axes[1].set(xlabel="judged actions per state", xscale="symlog")
-        axes[0].legend(fontsize=8)
-
-
 LEAST = {"iters": 1, "episodes": 1, "states": 1, "samples": 1, "total_steps": 1, "pieces": 1, "adam_steps": 1,
-         "starts": 1, "grid": 2, "population": 2, "elites": 2, "adam_rate": 1e-9, "adam_rates": 1e-9, "distance": 0,
-         "seed": 0, "dims": 0, "trial": 0, "state": 0, "paths": 0}
+         "adam_rate": 1e-9, "seed": 0}
 
 
 def main(args):
@@ -470,5 +308,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    commands = Improvement | Gap | Landscape | Optimizers
-    sys.exit(main(tyro.cli(commands, description=__doc__.splitlines()[0])))
+    sys.exit(main(tyro.cli(Improvement | Gap, description=__doc__.splitlines()[0])))
