@@ -1,12 +1,11 @@
-"""A look inside active_vem.py's agents, and what the best controllers of its double integrator earn.
+"""A look inside active_vem.py's agents: what z knows of the velocity it never sees.
 
-    python benchmarks/latent.py --runs RUN RUN --labels hidden seen    # what z knows of the velocity it never sees
-    python benchmarks/latent.py --controllers                          # LQR, LQG, no force, random force
+    python benchmarks/latent.py --runs RUN RUN --labels hidden seen
 
 Figures, sections and equations are those of Marino & Yue, "An Inference Perspective on Model-Based RL". Learning curves
-and sweeps are the experiments latent_NAME of experiments.toml, trained by grid.py and drawn by figures.py. The first
-command writes benchmarks/results/latent_velocity.csv (label,step,trial,metric,value) and its figure, under --out; with
---from-csv it draws the figure again without the runs. The second writes results/latent_controllers.csv.
+and sweeps are the experiments latent_NAME of experiments.toml, trained by grid.py and drawn by figures.py. This command
+writes benchmarks/results/latent_velocity.csv (label,step,trial,metric,value) and its figure, under --out; with
+--from-csv it draws the figure again without the runs.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 import tyro
-from common import at_least, band, fail, group, labelled, load_script, open_run, publish, say, write
+from common import at_least, band, fail, group, labelled, load_script, open_run, publish
 
 VEM = load_script("active_vem")
 TASKS = "DoubleIntegrator", *VEM.POSITIONS  # whose true velocity can be read
@@ -33,67 +32,6 @@ class Args:
     after: int = 10  # steps that are seen before the open-loop prediction
     samples: int = 100  # of the open-loop prediction
     from_csv: bool = False  # draw from the csv
-    controllers: bool = False  # simulate the known controllers of DoubleIntegrator-v0 and do nothing else
-    seeds: int = 2_000  # their episodes
-
-
-# The optimum of the double integrator
-
-
-def lqg():
-    """Gains and expected returns of the optimal controllers of the double integrator, were there no limit to its force
-    and no walls: Riccati gains (steps, 1, 2), Kalman gains (steps, 2, 1), E[Σ r] of LQR, E[Σ r] of LQG."""
-    env = VEM.DoubleIntegrator
-    steps, dt = VEM.gym.spec("DoubleIntegrator-v0").max_episode_steps, env.dt
-    a, b = np.array([[1, dt], [0, 1]]), np.array([[dt**2 / 2], [dt]]) * env.force
-    cost, price = np.diag([1, 0.1]), 0.05  # of the state and of the action, as in the task's reward
-    values, gains = [np.zeros((2, 2))], []  # the state after the last action costs nothing
-    for _ in range(steps):
-        p = values[0]
-        gains.insert(0, np.linalg.solve(price + b.T @ p @ b, b.T @ p @ a))
-        values.insert(0, cost + a.T @ p @ a - a.T @ p @ b @ gains[0])
-    spread = np.diag(np.square(env.start))
-    kalman, lqr = [], -np.trace(values[0] @ spread)
-    return_of_lqg = lqr
-    for p, gain in zip(values[1:], gains):
-        kalman.append(spread[:, :1] / (spread[0, 0] + env.noise**2))
-        spread = spread - kalman[-1] @ spread[:1]  # covariance of the state given what has been seen
-        return_of_lqg -= np.trace(a.T @ p @ b @ gain @ spread)
-        spread = a @ spread @ a.T
-    return np.array(gains), np.array(kalman), lqr, return_of_lqg
-
-
-def simulate(controller, seeds):
-    """Returns (seeds,) in the script's task itself, with its walls and its force clipped at its limit."""
-    env, returns = VEM.DoubleIntegrator(), []
-    gains, kalman = lqg()[:2]
-    for seed in seeds:
-        obs, _ = env.reset(seed=int(seed))
-        mean, total, noise = np.zeros(2), 0.0, np.random.default_rng([seed, 1])  # not the task's own draws
-        for gain, filter_gain in zip(gains, kalman):
-            mean = mean + filter_gain[:, 0] * (obs[0] - mean[0])
-            state = {"LQG": mean, "LQR": np.array([env.position, env.velocity])}.get(controller, np.zeros(2))
-            action = np.clip(-gain @ state, -1, 1) if controller != "random" else noise.uniform(-1, 1, 1)
-            force = env.force * action[0]
-            mean = np.array([mean[0] + env.dt * mean[1] + env.dt**2 / 2 * force, mean[1] + env.dt * force])
-            obs, reward, *_ = env.step(action)
-            total += reward
-        returns.append(total)
-    return np.array(returns)
-
-
-def controllers(args):
-    """Rows of the known controllers: mean return, its error, and the exact one were there no limit to the force."""
-    exact = dict(zip(("LQR", "LQG"), lqg()[2:]))
-    for name in ("LQR", "LQG", "zero action", "random"):
-        returns = simulate(name, 10_001 + np.arange(args.seeds))  # as evaluations at --seed 1 begin
-        row = {"controller": name, "return": returns.mean(), "error": returns.std() / args.seeds**0.5,
-               "without_limit": exact.get(name, "")}
-        say("  ".join(f"{key} {value}" for key, value in row.items()))
-        yield row
-
-
-# A look inside an agent
 
 
 def true_velocity(task):
@@ -246,10 +184,7 @@ def draw(rows, figure):
 
 
 def main(args):
-    at_least(args, episodes=2, after=1, samples=2, seeds=2)
-    if args.controllers:
-        write("latent_controllers", controllers(args))
-        return 0
+    at_least(args, episodes=2, after=1, samples=2)
     rows, names = None, ("label", "step", "trial", "metric", "value")
     if not args.from_csv:
         torch.set_num_threads(1)

@@ -3,7 +3,6 @@
     python benchmarks/grid.py risk
     python benchmarks/risk.py --runs RUN RUN --labels "β = 1" "β = 100"    # writes results/risk.csv, figures/risk.png
     python benchmarks/risk.py --reward-fit                                 # writes results/risk_reward_fit.csv
-    python benchmarks/risk.py --optimum        # the risk-neutral optimum, by dynamic programming
 
 For every run: the mean return, the mean of the worst tenth, where paths leave, and |x| there, over `--episodes`
 episodes of the deterministic policy. Rewards are −0.1 but for the few that are of the size of 100. A Gaussian
@@ -21,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import at_least, build, fail, group, labelled, open_run, publish, say, write
+from common import at_least, build, group, labelled, open_run, publish, say, write
 from benchmarks.tasks import NOISE, SIZE, STEP_REWARD, exit_reward
 
 EDGES = "left", "right", "top", "bottom"
@@ -34,40 +33,9 @@ class Args:
     runs: tuple[str, ...] = ()  # run directories of one of the model-based scripts or of sac_iterative.py
     labels: tuple[str, ...] = ()  # their names in the table and the figure
     episodes: int = 200  # episodes per trial
-    optimum: bool = False  # print the risk-neutral optimum and do nothing else
-    gamma: float = 0.95  # discount of the optimum
     reward_fit: bool = False  # fit dynamics to random steps, print what they expect near the edges and do nothing else
     steps: int = 15_000  # random steps of --reward-fit
     batches: int = 3_000  # minibatches of --reward-fit
-
-
-def optimum(gamma=0.99, cell=0.1, sweeps=400):
-    """Risk-neutral optimal value on a grid of the positions, by value iteration; returns axis and values (y, x).
-
-    V(s) = max_a E[r + γ V(s')]: values and exit rewards are blurred with the noise, and the best of the moves within
-    reach is the largest blurred value in a square around s. The grid goes on beyond the box by as far as a move can
-    carry.
-    """
-    axis = np.arange(-round(11 / cell), round(11 / cell) + 1) * cell
-    inside, reach = np.abs(axis) <= SIZE + 1e-9, round(1 / cell)
-    steps = np.arange(-round(3 / cell), round(3 / cell) + 1) * cell
-    kernel = np.exp(-0.5 * (steps / NOISE) ** 2)
-    kernel /= kernel.sum()
-    x, y = np.meshgrid(axis, axis)
-    outside, within = exit_reward(x, y), inside[:, None] & inside[None]
-    value = np.zeros_like(outside)
-    for _ in range(sweeps):
-        landing = np.where(within, gamma * value, outside)
-        for way in (0, 1):
-            landing = np.apply_along_axis(np.convolve, way, landing, kernel, "same")
-        best = landing
-        for way in (0, 1):
-            best = np.max([np.roll(best, shift, way) for shift in range(-reach, reach + 1)], 0)
-        new = np.where(within, STEP_REWARD + best, 0.0)
-        change, value = np.abs(new - value).max(), new
-        if change < 1e-6:
-            break
-    return axis[inside], value[np.ix_(inside, inside)]
 
 
 def random_rows(steps, hold=5, seed=0):
@@ -138,13 +106,7 @@ def describe(label, trial, returns, paths):
 
 
 def main(args):
-    at_least(args, episodes=1, gamma=0, steps=300, batches=1)
-    if args.gamma > 1:
-        fail(f"--gamma {args.gamma}: must be at most 1")
-    if args.optimum:
-        axis, value = optimum(args.gamma)
-        say(f"optimal discounted value at the start: {value[len(axis) // 2, len(axis) // 2]:.2f}")
-        return 0
+    at_least(args, episodes=1, steps=300, batches=1)
     if args.reward_fit:
         write("risk_reward_fit", reward_fit(args))
         return 0

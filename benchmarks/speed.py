@@ -6,7 +6,6 @@
     python benchmarks/speed.py --table steps         # environment steps of the model-based scripts at their defaults
     python benchmarks/speed.py --table latent        # an update of active_vem.py's agents
     python benchmarks/speed.py --table memory        # peak memory at full buffers
-    python benchmarks/speed.py --table growth        # an update and a fit by trials, batch, width and rows
 
 writes benchmarks/results/speed_TABLE.csv. Each contestant, alone in its process, runs a block when told to: A B A B
 …, never two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and most over
@@ -49,7 +48,7 @@ TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "ro
 
 @dataclasses.dataclass
 class Args:
-    table: Literal["sac", "fit", "inference", "steps", "latent", "memory", "growth"] = "sac"  # what is measured
+    table: Literal["sac", "fit", "inference", "steps", "latent", "memory"] = "sac"  # what is measured
     blocks: int = 12  # pairs of neighbouring blocks, or blocks of a contestant without a peer
     updates: int = 50  # per block; of minibatches 100
     matmul_precision: Literal["default", "highest", "high", "medium"] = "default"  # ours; default: each script's own
@@ -109,14 +108,6 @@ def rows_of(table):
         yield "sac_iterative, full buffer", steps("sac_iterative", 0, 4), None
         for script in ("mbpo", "vmbpo", "beta_vmbpo"):
             yield f"{script}, full buffers", steps(script, 0, 4, env_id="Walker2d-v4", **FULL), None
-    if table == "growth":
-        for name, values in (("trials", (1, 2, 5, 10)), ("batch_size", (64, 256, 1024)), ("hidden_dim", (256, 512))):
-            for value in values:
-                yield f"SAC update, {name} {value}", update("sac_iterative", **SAC | {name: value}), None
-        for rows in (10_000, 100_000, 1_000_000):
-            yield f"SAC update, {rows:,} rows", update("sac_iterative", rows, **SAC), None
-        for trials in (1, 2, 5, 10):
-            yield f"minibatch of a fit, trials {trials}", fit(trials=trials), None
 
 
 # Ours
