@@ -134,9 +134,9 @@ class Args:
     min_batches: Count = 200  # minibatches of any later fit at least
     max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined after each fit
-    horizon: Count = 1  # imagined steps per roll-out in the end
-    horizon_from: Count = 20_000  # environment step at which they begin to grow from 1
-    horizon_until: Count = 150_000  # environment step at which they have grown, linearly, to --horizon
+    horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
+    horizon_from: Count = 1  # environment step at which they begin to grow from 1
+    horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
     beta: Risk = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, ∞ is MBPO, < 0 is averse
     kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
@@ -148,10 +148,10 @@ class Args:
             yield "num_elites", "must be at most --ensemble-size"
         if self.rollouts > self.model_buffer_size:
             yield "rollouts", "must be at most --model-buffer-size"
-        if self.horizon_until <= self.horizon_from:
-            yield "horizon_until", "must be above --horizon-from"
-        if self.horizon_from != Args.horizon_from and self.horizon == 1:
-            yield "horizon_from", "has no effect with --horizon 1"
+        if self.horizon_until < self.horizon_from:
+            yield "horizon_until", "must be at least --horizon-from"
+        if self.horizon_until != Args.horizon_until and self.horizon == 1:
+            yield "horizon_until", "has no effect with --horizon 1"
         if self.target_entropy is not None and self.entropy == "none":
             yield "target_entropy", "has no effect with --entropy none"
         if self.beta == 0:

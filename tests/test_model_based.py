@@ -585,6 +585,9 @@ def test_imagination_stays_in_range_and_follows_its_schedule(script):
         before = int(model_buffer.added)
         agent.imagine(buffer, model_buffer, step)
         assert int(model_buffer.added) - before == 20 * steps
+    agent.args.horizon_from = agent.args.horizon_until = 1  # the default: at once
+    agent.imagine(buffer, model_buffer, 10)
+    assert int(model_buffer.added) - before == 20 * (5 + 5)
     imagined = model_buffer.storage[:, :100].split(buffer.widths, -1)[3]
     both = torch.cat([obs, next_obs], 1)
     assert (imagined >= both.amin(1) - 1e-5).all() and (imagined <= both.amax(1) + 1e-5).all()
