@@ -72,7 +72,6 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_MAX = 10.0  # of z and of atanh(a)
 RATE_HOLD = 1000  # updates after which the model's rate begins to fall, as one over their square root
@@ -81,10 +80,6 @@ UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
 # Tasks whose observation is so many positions (sines and cosines too) followed by velocities and forces.
 POSITIONS = {"Pendulum": 2, "MountainCarContinuous": 1, "InvertedPendulum": 2, "InvertedDoublePendulum": 5, "Hopper": 5,
              "Walker2d": 8, "HalfCheetah": 8, "Swimmer": 3, "Ant": 13}
-warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
-if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
-    ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
-    ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
@@ -738,6 +733,14 @@ def evaluate(agent, envs, args, stop=()):
 # ----------------------------------------------------------------------------------------------------------------------
 # Below: the same in every script. Environments, a run and its files, the command line.
 
+SCRIPT = Path(__file__).stem
+RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
+             "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
+warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
+if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
+    ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
+
 
 def make_envs(args, num_envs):
     """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
@@ -1040,7 +1043,5 @@ def main(argv=None):
         fail(f"{type(error).__name__}: {error}", code=1)
 
 
-RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
-             "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
 if __name__ == "__main__":
     main()

@@ -63,12 +63,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
-if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
-    ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
-    ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
@@ -411,6 +406,14 @@ def evaluate(agent, envs, args, stop=()):
 # ----------------------------------------------------------------------------------------------------------------------
 # Below: the same in every script. Environments, a run and its files, the command line.
 
+SCRIPT = Path(__file__).stem
+RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
+             "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
+warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
+if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
+    ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
+    ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
+
 
 def make_envs(args, num_envs):
     """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
@@ -713,7 +716,5 @@ def main(argv=None):
         fail(f"{type(error).__name__}: {error}", code=1)
 
 
-RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
-             "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
 if __name__ == "__main__":
     main()
