@@ -132,7 +132,8 @@ class Args:
     min_first_batches: Count = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
     min_batches: Count = 200  # minibatches of any later fit at least
     max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
-    rollouts: Count = 100_000  # states from which transitions are imagined after each fit
+    rollouts: Count = 100_000  # states from which transitions are imagined at a time
+    imagine_every: Count = 250  # environment steps between these times
     horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
     horizon_from: Count = 1  # environment step at which they begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
@@ -567,6 +568,7 @@ def train(args):
         if step >= args.learning_starts:
             if (step - args.learning_starts) % args.fit_every == 0:
                 run.log(agent.fit_model(buffer))
+            if (step - args.learning_starts) % args.imagine_every == 0:
                 agent.imagine(buffer, model_buffer, step)
             metrics = agent.learn(buffer, model_buffer)
             agent.update_beta()

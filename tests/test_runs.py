@@ -520,6 +520,7 @@ REFUSED = [  # flags, what the line must contain
     ("--total-steps 500 --learning-starts 600", "--total-steps", "--learning-starts"),
     ("--num-elites 8", "--num-elites", "--ensemble-size"),
     ("--rollouts 500000", "--rollouts", "--model-buffer-size"),
+    ("--imagine-every 0", "--imagine-every 0"),
     ("--horizon 5 --horizon-from 7000", "--horizon-until", "--horizon-from"),
     ("--horizon 5 --horizon-from 7000 --horizon-until 6999", "--horizon-until", "--horizon-from"),
     ("--device cuda:99", "--device cuda:99"),
