@@ -24,8 +24,9 @@ PATHS = {name.split("/")[-1]: name for name in ("beta_vmbpo", "vmbpo", "baseline
 SCRIPTS = {name: load_script(path) for name, path in PATHS.items()}
 SIZES = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "updates_per_step": 2,
          "batch_size": 16, "rollouts": 50, "model_buffer_size": 200, "buffer_size": 1000, "learning_starts": 20,
-         "fit_every": 10, "min_first_batches": 5, "max_batches": 5, "log_every": 10, "eval_every": 20, "eval_episodes": 1,
-         "save_every": 1000, "total_steps": 40, "device": "cpu", "windows": 4, "window_length": 5}
+         "fit_every": 10, "imagine_every": 10, "min_first_batches": 5, "max_batches": 5, "log_every": 10,
+         "eval_every": 20, "eval_episodes": 1, "save_every": 1000, "total_steps": 40, "device": "cpu", "windows": 4,
+         "window_length": 5}
 MODEL_BASED = ["beta_vmbpo", "vmbpo", "mbpo"]
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 model_based = pytest.mark.parametrize("name", MODEL_BASED)
