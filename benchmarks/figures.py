@@ -53,6 +53,7 @@ class Args:
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
     against: tuple[Literal["steps", "hours", "labels"], ...] = ("steps",)  # x-axes; labels: each trial's last quarter
+    task: str = ""  # draw all runs in one panel under this name; default: one per task
     reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
     solved: float | None = None  # tell at which steps the trials first return as much, and which return less again
@@ -80,7 +81,7 @@ def collect(args):
     trials = defaultdict(int)
     for label, run in runs_of(args):
         settings = Path(run) / "args.json"
-        task = json.loads(settings.read_text())["env_id"] if settings.is_file() else ""
+        task = args.task or (json.loads(settings.read_text())["env_id"] if settings.is_file() else "")
         everything = metrics_of(run)
         curves = group([row for row in everything if row[2] in args.metrics], 2)
         if "hours" in args.against:
