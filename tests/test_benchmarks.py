@@ -90,6 +90,16 @@ def test_committed_results_are_small():
 # figures.py
 
 
+def test_runs_of_several_tasks_in_one_panel(here):
+    """The runs' own tasks differ from the name that --task gives them all."""
+    for name in ("one", "two"):
+        (here / name / "args.json").write_text(f'{{"env_id": "{name}"}}')
+    flags = {"name": "made_up", "runs": (str(here / "one"), str(here / "two")), "metrics": ("eval/return",)}
+    for task, expected in (("", {"one", "two"}), ("Both", {"Both"})):
+        assert FIGURES.main(FIGURES.Args(task=task, **flags)) == 0
+        assert {row["task"] for row in common.read("made_up")} == expected
+
+
 def test_figure_and_thinned_csv(here, capsys):
     flags = {"name": "made_up", "metrics": ("eval/return", "model/kl"), "labels": ("A", "B")}
     assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), **flags)) == 0
