@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import load_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,3 +83,19 @@ def test_host_reads_are_seen():
                  lambda: x.tolist(), lambda: x.cpu()):
         with pytest.raises(AssertionError, match="host"), NoHostReads():
             read()
+
+
+@pytest.mark.parametrize("out_dim", [1, 4])
+@pytest.mark.parametrize("stack", [(3,), (2, 3)])
+def test_a_stacked_layer_is_one_layer_per_member(stack, out_dim):
+    """Values and gradients of each form against torch's own linear layer, for an input that the stack shares."""
+    layer = SCRIPTS["sac_iterative"].StackedLinear(stack, 5, out_dim).double()
+    x = torch.randn(3, 7, 5, dtype=torch.double, requires_grad=True)
+    weight, bias = (y.expand(2, 3, *y.shape[-2:]) for y in (layer.weight, layer.bias))
+    expected = torch.stack([torch.stack([F.linear(x[j], weight[i, j].mT, bias[i, j, 0]) for j in range(3)])
+                            for i in range(2)])
+    expected = expected if len(stack) == 2 else expected[0]
+    torch.testing.assert_close(layer(x), expected)
+    push, inputs = torch.randn_like(expected), (x, layer.weight, layer.bias)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), inputs, push), torch.autograd.grad(expected, inputs, push)):
+        torch.testing.assert_close(ours, theirs)
