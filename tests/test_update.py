@@ -44,14 +44,16 @@ def agent_and_buffers(name, **flags):
     args = script.Args(trials=trials, **known)
     agent = script.Agent(args, 3, 2)
     obs, action, one = torch.randn(trials, 60, 3), torch.rand(trials, 60, 2) * 2 - 1, torch.rand(trials, 60, 1)
-    columns = [obs, action, one, obs + 0.1, (one > 0.9).float()]
+    columns = [x.to(args.device) for x in (obs, action, one, obs + 0.1, (one > 0.9).float())]
     if name == "active_vem":
-        buffer = script.EpisodeBuffer(trials, 100, 3, 2, agent.latent_dim, "cpu")
-        latent = torch.zeros(trials, 1, agent.latent_dim)
+        buffer = script.EpisodeBuffer(trials, 100, 3, 2, agent.latent_dim, args.device)
+        latent = torch.zeros(trials, 1, agent.latent_dim, device=args.device)
         for i in range(60):
-            buffer.add(*(column[:, i : i + 1] for column in columns), latent, torch.full((trials, 1, 1), i % 20))
+            place = torch.full((trials, 1, 1), i % 20, device=args.device)
+            buffer.add(*(column[:, i : i + 1] for column in columns), latent, place)
         return agent, (buffer,)
-    buffers = [script.ReplayBuffer(trials, 100, 3, 2, "cpu") for _ in range(1 if name == "sac_iterative" else 2)]
+    count = 1 if name == "sac_iterative" else 2
+    buffers = [script.ReplayBuffer(trials, 100, 3, 2, args.device) for _ in range(count)]
     for buffer in buffers:
         buffer.add(*columns)
     if name != "sac_iterative":
