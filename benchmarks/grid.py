@@ -39,6 +39,7 @@ STOPPED, RUNNING = [], []  # signals received; processes of this machine
 class Args:
     experiment: tyro.conf.Positional[str]  # name of a table in experiments.toml
     only: str = ""  # run only what has this text in its name
+    flags: str = ""  # added to every command, as in --flags="--cuda-graph" on a GPU
     runs_dir: str = "runs/grid"  # where run directories go; on a cluster, a folder that all nodes share
     jobs: int = 2  # runs side by side
     cpus_per_run: int = 1  # cores, and threads, of a run
@@ -74,7 +75,7 @@ def runs_of(args):
             script, *flags = shlex.split(experiment["runs"][label])
             shared = shlex.split(f"{experiment.get('flags', '')} {experiment.get('env_flags', {}).get(env, '')}")
             name = "/".join(text.replace("/", "_").replace(" ", "_") for text in (part, env, f"{label}_s{seed}"))
-            command = [script, "--env-id", env, "--seed", str(seed), *shared, *flags]
+            command = [script, "--env-id", env, "--seed", str(seed), *shared, *flags, *args.flags.split()]
             if args.only in name:
                 found.append(Run(Path(args.runs_dir).absolute() / name, label, command))
     if not found:

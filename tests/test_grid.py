@@ -106,6 +106,8 @@ def test_every_run_of_the_table_in_its_order(args):
     command = named(args, "made_up/b_B-v0/β_=_2_s2").command
     assert command[1:] == "--env-id b/B-v0 --seed 2 --total-steps 12 --pause 0 --total-steps 7 --die-at 8".split()
     assert GRID.total_steps(named(args, "b_B-v0/one_s1")) == 7
+    more = named(dataclasses.replace(args, flags="--die-at 9 --pause 1"), "made_up/b_B-v0/β_=_2_s2")
+    assert more.command == [*command, "--die-at", "9", "--pause", "1"]
 
 
 def test_an_experiment_of_parts_is_their_runs(args, tmp_path):
