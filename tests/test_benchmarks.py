@@ -84,7 +84,7 @@ def test_say_goes_on_when_nobody_listens():
 
 def test_committed_results_are_small():
     tables = [*(ROOT / "benchmarks/results").glob("*.csv")]
-    assert len(tables) > 20 and all(path.stat().st_size <= 200_000 for path in tables)
+    assert len(tables) > 20 and all(path.stat().st_size <= 350_000 for path in tables)
 
 
 # figures.py
