@@ -98,7 +98,7 @@ class Args:
     seed: Seed = 1  # trial i uses environment seed + i
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # float32 products; medium: bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of updates; medium: bfloat16, high: TF32
     cuda_graph: bool = False  # replay the updates of a step, and the minibatches of fits if any, as CUDA graphs
     total_steps: Count = 30_000  # environment steps per trial
     learning_starts: Rows = 500  # uniformly random steps before the first update
@@ -281,15 +281,16 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # batched products with a single column are slow on CPUs
-            return (x * self.weight.mT).sum(-1, keepdim=True).add_(self.bias)
-        if x.ndim == self.weight.ndim == 3:  # one operation instead of seven
-            return torch.baddbmm(self.bias, x, self.weight)
-        return (x @ self.weight).add_(self.bias)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if weight.shape[-1] == 1:  # batched products with a single column are slow on CPUs
+            return (x * weight.mT).sum(-1, keepdim=True).add_(bias)
+        if x.ndim == weight.ndim == 3:  # one operation instead of seven
+            return torch.baddbmm(bias, x, weight)
+        return (x @ weight).add_(bias)
 
 
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons."""
+    """A stack of independent perceptrons; at medium precision their hidden layers are bfloat16."""
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
@@ -297,9 +298,11 @@ class StackedMLP(nn.Module):
         self.activation = activation
 
     def forward(self, x):
+        exact = x.dtype
+        hidden = torch.bfloat16 if torch.get_float32_matmul_precision() == "medium" else exact
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
+            x = self.activation(layer(x.to(hidden)))
+        return self.layers[-1](x.to(exact))
 
 
 class Gaussian(StackedMLP):
@@ -619,10 +622,12 @@ class Agent(nn.Module):
 
     def learn(self, buffer):
         """Updates on replayed windows, whose latent states the buffer keeps; returns metrics, each (trials,)."""
+        torch.set_float32_matmul_precision(self.args.matmul_precision)
         for _ in range(self.args.updates_per_step):
             rows, place, weight = buffer.sample(self.args.windows, self.args.window_length)
             latents, metrics = self.update(rows, weight)
             buffer.refresh(place, weight, latents[:, :-1])
+        torch.set_float32_matmul_precision("highest")
         return metrics
 
     @torch.no_grad()
@@ -996,6 +1001,8 @@ def parse_args(argv=None):
         fail("--capture-video: needs --evaluate RUN_DIR")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        args.matmul_precision = "highest"
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device)
         if args.cuda_graph:
@@ -1025,7 +1032,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     try:
         if not args.evaluate:
             return train(args)

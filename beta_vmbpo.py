@@ -92,7 +92,7 @@ class Args:
     seed: Seed = 1  # trial i uses environment seed + i
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # float32 products; medium: bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # of updates; medium: bfloat16, high: TF32
     cuda_graph: bool = False  # replay the updates of a step, and the minibatches of fits if any, as CUDA graphs
     total_steps: Count = 300_000  # environment steps per trial
     learning_starts: Rows = 5_000  # uniformly random steps before the first update
@@ -213,15 +213,16 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, 1, out_dim).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # batched products with a single column are slow on CPUs
-            return (x * self.weight.mT).sum(-1, keepdim=True).add_(self.bias)
-        if x.ndim == self.weight.ndim == 3:  # one operation instead of seven
-            return torch.baddbmm(self.bias, x, self.weight)
-        return (x @ self.weight).add_(self.bias)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if weight.shape[-1] == 1:  # batched products with a single column are slow on CPUs
+            return (x * weight.mT).sum(-1, keepdim=True).add_(bias)
+        if x.ndim == weight.ndim == 3:  # one operation instead of seven
+            return torch.baddbmm(bias, x, weight)
+        return (x @ weight).add_(bias)
 
 
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons."""
+    """A stack of independent perceptrons; at medium precision their hidden layers are bfloat16."""
 
     def __init__(self, stack, dims, activation=torch.relu_):  # in place: they are an update's largest tensors
         super().__init__()
@@ -229,9 +230,11 @@ class StackedMLP(nn.Module):
         self.activation = activation
 
     def forward(self, x):
+        exact = x.dtype
+        hidden = torch.bfloat16 if torch.get_float32_matmul_precision() == "medium" else exact
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
+            x = self.activation(layer(x.to(hidden)))
+        return self.layers[-1](x.to(exact))
 
 
 class Actor(StackedMLP):
@@ -461,7 +464,6 @@ class Agent(nn.Module):
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
         args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
-        torch.set_float32_matmul_precision("highest")  # rounding is magnified where predicted variances are small
         self.fit_statistics(buffer)
         weights = self.transition_weights(buffer)
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
@@ -493,9 +495,7 @@ class Agent(nn.Module):
                     self.start_posterior()
             step = prior_step if i < start else joint_step
             step()
-        metrics = self.assess(buffer, weights)
-        torch.set_float32_matmul_precision(args.matmul_precision)
-        return metrics
+        return self.assess(buffer, weights)
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
@@ -535,8 +535,10 @@ class Agent(nn.Module):
         args, num_real = self.args, round(self.args.real_ratio * self.args.batch_size)
         rows = [source.sample(args.updates_per_step * n).unflatten(1, (args.updates_per_step, n))
                 for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]
+        torch.set_float32_matmul_precision(args.matmul_precision)
         for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
+        torch.set_float32_matmul_precision("highest")  # of dynamics: rounding is magnified where variances are small
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
                 "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.detach().exp().flatten()}
 
@@ -861,6 +863,8 @@ def parse_args(argv=None):
         fail("--capture-video: needs --evaluate RUN_DIR")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        args.matmul_precision = "highest"
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device)
         if args.cuda_graph:
@@ -890,7 +894,6 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     try:
         if not args.evaluate:
             return train(args)

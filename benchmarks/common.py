@@ -62,11 +62,8 @@ def load_script(name):
 
 def build(name, **flags):
     """Module, flags, environments, agent and empty buffer of a script, as it makes them at the start of a run."""
-    import torch
-
     script = load_script(name)
     args = script.Args(**flags)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     envs = script.make_envs(args, args.trials)
     sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = script.Agent(args, *sizes)

@@ -713,6 +713,15 @@ def test_a_mistake_in_the_code_keeps_its_trace(monkeypatch):
         run("beta_vmbpo", env_id="tiny_envs:Counter-v0", run_dir="run")
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_where_the_processor_has_it(able, monkeypatch):
+    """Elsewhere it would be slower than float32; a run saves what it took."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    assert run("sac_iterative", env_id="tiny_envs:Counter-v0", run_dir="run").code == 0
+    saved = json.loads(Path("run/args.json").read_text())
+    assert saved["matmul_precision"] == ("medium" if able else "highest")
+
+
 def test_memory_that_is_full_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(SCRIPTS["beta_vmbpo"].Agent, "learn", lambda *_: torch.empty(2**60))
     assert run("beta_vmbpo", env_id="tiny_envs:Counter-v0", run_dir="run").code == 1

@@ -101,3 +101,43 @@ def test_a_stacked_layer_is_one_layer_per_member(stack, out_dim):
     push, inputs = torch.randn_like(expected), (x, layer.weight, layer.bias)
     for ours, theirs in zip(torch.autograd.grad(layer(x), inputs, push), torch.autograd.grad(expected, inputs, push)):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_medium_precision_rounds_hidden_layers_alone():
+    """bfloat16 has eight binary digits: outputs and gradients, which stay float32, agree to a few percent."""
+    net, x = SCRIPTS["sac_iterative"].StackedMLP((2, 3), (5, 64, 64, 4)), torch.randn(3, 50, 5)
+    seen = []
+    net.layers[1].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    results = {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        out = net(x)
+        results[precision] = out, *torch.autograd.grad(out.square().sum(), net.parameters())
+    torch.set_float32_matmul_precision("highest")
+    assert seen == [torch.float32, torch.bfloat16]
+    for exact, rounded in zip(*results.values()):
+        assert exact.dtype == rounded.dtype == torch.float32
+        assert 1e-5 < (rounded - exact).norm() / exact.norm() < 0.08
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_only_updates_are_rounded(name):
+    """What the flag says holds in every update; before and after it, products are as precise as there are."""
+    agent, buffers = agent_and_buffers(name, matmul_precision="medium")
+    update, seen = agent.update, []
+    agent.update = lambda *batch: seen.append(torch.get_float32_matmul_precision()) or update(*batch)
+    agent.learn(*buffers)
+    assert seen == ["medium"] * 2 and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("name", ["beta_vmbpo", "vmbpo", "mbpo"])
+def test_fits_and_imagination_do_not_hang_on_the_precision(name):
+    """Bit for bit the same dynamics, metrics and imagined rows."""
+    found = []
+    for precision in ("highest", "medium"):
+        torch.manual_seed(1)
+        agent, buffers = agent_and_buffers(name, matmul_precision=precision)
+        metrics = agent.fit_model(buffers[0])
+        agent.imagine(*buffers, 0)
+        found.append([*agent.state_dict().values(), *metrics.values(), buffers[1].storage])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
