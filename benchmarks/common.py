@@ -64,6 +64,7 @@ def build(name, **flags):
     """Module, flags, environments, agent and empty buffer of a script, as it makes them at the start of a run."""
     script = load_script(name)
     args = script.Args(**flags)
+    script.set_precision(args)
     envs = script.make_envs(args, args.trials)
     sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = script.Agent(args, *sizes)

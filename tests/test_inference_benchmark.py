@@ -20,7 +20,8 @@ both = pytest.mark.parametrize("inference", ["iterative", "direct"])
 
 def build(action_dim=ACT, **flags):
     """A small agent in float64, whose temperature is not 1."""
-    small = {"hidden_dim": 16, "action_samples": 6, "device": "cpu", "prior_std": PRIOR_STD}
+    small = {"hidden_dim": 16, "action_samples": 6, "device": "cpu", "prior_std": PRIOR_STD,
+             "matmul_precision": "highest"}
     agent = SAC.Agent(SAC.Args(**small | flags), OBS, action_dim).double()
     agent.log_alpha.data.uniform_(-2, -1)
     return agent

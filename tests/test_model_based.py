@@ -19,7 +19,7 @@ def build(script, obs_dim=3, action_dim=2, capacity=2000, **flags):
     """A small agent with its two buffers, on the CPU."""
     small = {"hidden_dim": 16, "model_dim": 16, "model_layers": 2, "ensemble_size": 3, "num_elites": 2, "batch_size": 32,
              "rollouts": 100, "updates_per_step": 3, "device": "cpu", "min_first_batches": 1, "min_batches": 1,
-             "epochs": 1}
+             "epochs": 1, "matmul_precision": "highest"}
     args = script.Args(**small | flags)
     buffers = [script.ReplayBuffer(args.trials, capacity, obs_dim, action_dim, "cpu") for _ in range(2)]
     return script.Agent(args, obs_dim, action_dim), *buffers

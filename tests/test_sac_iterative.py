@@ -18,7 +18,8 @@ priors = pytest.mark.parametrize("prior", ["gaussian", "uniform"])
 
 def build(obs_dim=OBS, action_dim=ACT, **flags):
     """A small agent in float64 on the CPU, whose temperature is not 1."""
-    small = {"hidden_dim": 16, "batch_size": 8, "action_samples": 5, "device": "cpu"}
+    small = {"hidden_dim": 16, "batch_size": 8, "action_samples": 5, "device": "cpu",
+             "matmul_precision": "highest"}
     agent = SAC.Agent(SAC.Args(**small | flags), obs_dim, action_dim).double()
     agent.log_alpha.data.uniform_(-2, -1)
     return agent
