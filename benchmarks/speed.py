@@ -247,7 +247,7 @@ def begin(contestant):
     CALLS.append(KINDS[contestant.kind](contestant))
     if contestant.precision != "default":
         torch.set_float32_matmul_precision(contestant.precision)
-    if contestant.script and contestant.kind != "fit":  # of updates; fits are float32 in any case
+    if contestant.script:
         return contestant.flags.get("matmul_precision", load_script(contestant.script).Args.matmul_precision)
     return torch.get_float32_matmul_precision()
 

@@ -136,11 +136,11 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
     ("fit", "", True), ("steps", "beta_vmbpo, 10,000 rows, 3", False), ("latent", "generative", False)])
 def test_tables_in_processes_of_their_own(out, table, only, peer):
     """In the precision asked for; without a peer its columns are empty."""
-    precision = {"fit": "medium", "steps": "high"}.get(table, "default")
+    precision = "high" if table == "steps" else "default"
     sizes = {"quick": True, "blocks": 2, "updates": 2, "out_dir": str(out)}
     assert SPEED.main(SPEED.Args(table=table, only=only, matmul_precision=precision, **sizes)) == 0
     row, = common.read(f"speed_{table}")
-    assert [*row] == COLUMNS and row["precision"] == ("high" if table == "steps" else "highest")  # fits' always
+    assert [*row] == COLUMNS and row["precision"] == {"fit": "medium", "steps": "high", "latent": "highest"}[table]
     numbers = ["ms", "ms_low", "ms_high", "per_second", "peak_mb", *(COLUMNS[8:16] if peer else [])]
     assert all(math.isfinite(float(row[name])) and float(row[name]) > 0 for name in numbers)
     assert peer or not any(row[name] for name in COLUMNS[8:16])
