@@ -214,7 +214,7 @@ def test_spread_over_trials():
     assert (low < middle).all() and (middle < high).all()
 
 
-@pytest.mark.parametrize("name", ["half_cheetah", "inference_fig3b_Hopper-v4", "latent_weight"])
+@pytest.mark.parametrize("name", ["half_cheetah", "inference_fig3b_Hopper-v4", "latent_discriminative_rate"])
 def test_committed_tables_draw(here, name):
     (here / f"results/{name}.csv").write_bytes((ROOT / f"benchmarks/results/{name}.csv").read_bytes())
     assert FIGURES.main(FIGURES.Args(from_csv=True, name=name)) == 0 and (here / f"figures/{name}.png").exists()
