@@ -294,7 +294,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        low = torch.bfloat16 if args.matmul_precision == "medium" else None
+        low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics would magnify what is rounded
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=low)
         self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
         self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
