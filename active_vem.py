@@ -41,7 +41,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
     `--prior-mix 0`. `--action-prior uniform`: maximum entropy; p(a) then only rolls out and acts.
  9. The discriminative agent's q(z) learns from the critic's error: it has no model to send it the return's gradient.
     That gradient is cut at 0.3, and z learns no faster than the critic: at the others' 10 (`--max-grad-norm`) it drives
-    z to its bounds in some trials, at 3e-3 (`--model-learning-rate`) what has been learned is lost again in some.
+    z to its bounds in some trials, at 3e-3 (`--model-learning-rate`) some lose for a while what they had learned.
 
     python active_vem.py --env-id DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
     python active_vem.py --env-id Pendulum-v1 --mask velocity
