@@ -845,7 +845,7 @@ def parse_args(argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
-        args.matmul_precision = "highest"
+        args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device)
         if args.cuda_graph:
