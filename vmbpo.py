@@ -17,7 +17,7 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
- 2. A fit has two phases: p learns alone, then q starts at p (parameters, Adam moments) and both see the same minibatches.
+ 2. A fit has two phases: p learns alone, then q starts at p (parameters, moments) and both see the same minibatches.
     KL(q‖p) is then the tilt alone, where that of independent fits has a floor that no β lowers. Within a fit the rate
     rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the usual 0.999 are still
     the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`: as in the paper.
