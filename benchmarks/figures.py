@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py --experiment quick_fig5    # all runs that `grid.py quick_fig5` has left
     python benchmarks/figures.py --name pendulum --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
-    python benchmarks/figures.py --experiment fig3b --against steps hours    # labels: a dot for each trial's end
+    python benchmarks/figures.py --experiment fig3b --against steps hours
 
 writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
 experiment's NAME is its own. Runs that share task and label are further trials of one curve, which ends where not all
@@ -52,7 +52,7 @@ class Args:
     runs: tuple[str, ...] = ()  # run directories, in the order of the legend
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
-    against: tuple[Literal["steps", "hours", "labels"], ...] = ("steps",)  # x-axes; labels: each trial's last quarter
+    against: tuple[Literal["steps", "hours"], ...] = ("steps",)  # x-axes
     task: str = ""  # draw all runs in one panel under this name; default: one per task
     reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
@@ -144,19 +144,6 @@ def draw_line(args, axis, rows, hours, **style):
     return values.shape[1]
 
 
-def draw_ends(axis, lines, labels):
-    """Dots: each trial's mean over the last quarter of its steps; a bar at the mean of the trials."""
-    for i, label in enumerate(labels):
-        if label in lines:
-            steps, values = curve(lines[label])
-            ends = values[steps >= 0.75 * steps[-1]].mean(0)
-            axis.plot([i] * len(ends), ends, ".", color=f"C{i}")
-            axis.plot(i, ends.mean(), "_", color="black", markersize=14)
-    axis.set_xticks(range(len(labels)), labels, rotation=30, fontsize=8)
-    axis.set_xlim(-0.5, len(labels) - 0.5)
-    axis.set_ylabel("last quarter: each trial (dots) and their mean", fontsize=7)
-
-
 def draw_published(axis, task, last):
     for (name, points), marker in zip(PUBLISHED.get(task, {}).items(), "os"):
         points = [(step, *point) for step, point in points.items() if step <= 1.5 * last]
@@ -169,8 +156,6 @@ def draw_panel(args, axis, found, task, metric, against, labels):
     rows = found[task, metric]
     lines, clocks = group(rows, "label"), group(found.get((task, "time/hours"), []), "label")
     axis.set_yscale("log" if metric in LOG_METRICS else "linear")
-    if against == "labels":
-        return draw_ends(axis, lines, labels)
     trials = {draw_line(args, axis, lines[label], clocks.get(label) if against == "hours" else None, label=label,
                         color=f"C{i}", linestyle="-" if i < 10 else "--")
               for i, label in enumerate(labels) if label in lines}
@@ -203,8 +188,7 @@ def draw(args, rows, figure):
         axis.set_title(f"{task}: {name}" if len(tasks) > 1 else name)
     for axis in axes[len(panels) :]:
         axis.remove()
-    if args.against[0] != "labels":
-        axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
+    axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
     for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
         if metric != "time/hours":
             yield f"{task} {label}: {tell(rows, args.solved)}".lstrip()

@@ -29,8 +29,6 @@ RULES = {
     "two phases, β₂ = 0.99": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.99, False),
     "two phases, β₂ = 0.999": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.999, False),
     "two phases, β₂ = 0.999, Adam forgets": ((0, 0.25, 0.5, 1), (0, 3, 1, 0), 0.5, 0.999, True),
-    "linear to 0, β₂ = 0.999": ((0, 1), (1, 0), 0, 0.999, False),
-    "linear to 0, β₂ = 0.99": ((0, 1), (1, 0), 0, 0.99, False),
     "constant, β₂ = 0.999": ((0, 1), (1, 1), 0, 0.999, False),
 }
 QUICK = {"hidden_dim": 128, "model_dim": 100, "model_layers": 3}
