@@ -18,7 +18,7 @@ with the flag that goes back where there is one:
  1. A fit makes a fixed number of passes, as in the β-VMBPO paper, but at least 400 minibatches at first and 200 to 800
     later. Janner et al. stop when a hold-out error rests.
  2. Within a fit the rate rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the
-    usual 0.999 are still the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`: neither.
+    usual 0.999 are still the last fit's when a fit begins, and can make it undo that. `--fit-rule constant`: neither.
  3. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
  4. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
     out for good, so that warm-started members never train on it. Roll-outs are dealt to the elites in chunks.

@@ -131,7 +131,8 @@ def draw(rows, figure):
             mean = statistics.geometric_mean(error.values())
             spread = statistics.stdev(map(math.log10, scatter.values()))
             yield (f"{task}, {rule}: error {mean:.2g}, on the same rows again at most times {rise:.2f}; KL falls "
-                   f"{kl[10] / kl[100]:.0f} (β 10 to 100) and {kl[30] / kl[300]:.0f} times (30 to 300), log10 ± {spread:.2f}")
+                   f"{kl[10] / kl[100]:.0f} (β 10 to 100) and {kl[30] / kl[300]:.0f} times (30 to 300), "
+                   f"log10 ± {spread:.2f}")
         grid[0, column].set(title=task, xlabel="fit", ylabel="squared error of p, held-out rows")
         grid[1, column].set(xlabel="β", ylabel="KL(q‖p), nats")
     grid[0, 0].legend(fontsize=7)

@@ -94,7 +94,7 @@ def test_committed_results_are_small():
 
 
 def test_errors_and_gap_of_known_models():
-    """p predicts 0 and q 1 where 2 is right; with V(s) = s, a model that adds 0.5 to the real next state, and never ends,
+    """p predicts 0 and q 1 where 2 is right. With V(s) = s, a model that never ends and adds 0.5 to the real next state
     has a gap of 0.5 where episodes go on and of s' + 0.5 where they end."""
     rows = torch.zeros(1, 10, 5)  # obs, action, reward, next_obs, terminated
     rows[..., 2:4], rows[:, 5:, 4] = 2, 1
@@ -111,9 +111,10 @@ def test_errors_and_gap_of_known_models():
 def test_errors_of_a_run(here, name, capsys):
     """On all rows, what the script has logged at its last fit; the newest 20 of 60 are held-out rows 40, 45, 50, 55."""
     script = load_script(name)
-    script.main(("--env-id Pendulum-v1 --trials 2 --total-steps 60 --learning-starts 60 --eval-every 60 --eval-episodes 1 "
-                 "--max-eval-steps 9 --hidden-dim 8 --model-dim 8 --rollouts 50 --model-buffer-size 100 --batch-size 8 "
-                 "--updates-per-step 1 --min-first-batches 2 --max-batches 2 --device cpu --run-dir run").split())
+    script.main(("--env-id Pendulum-v1 --trials 2 --total-steps 60 --learning-starts 60 --eval-every 60 "
+                 "--eval-episodes 1 --max-eval-steps 9 --hidden-dim 8 --model-dim 8 --rollouts 50 "
+                 "--model-buffer-size 100 --batch-size 8 --updates-per-step 1 --min-first-batches 2 --max-batches 2 "
+                 "--device cpu --run-dir run").split())
     assert ERRORS.main(ERRORS.Args(runs=("run",), labels=("A",), out="made_up", newest=20)) == 0
     rows = common.read("made_up")
     assert "A, newest rows: error_p" in capsys.readouterr().out and {row["step"] for row in rows} == {"60"}
