@@ -46,33 +46,24 @@ class RiskyEdge(gym.Env):
         return self.position.astype(np.float32), STEP_REWARD + float(exit_reward(*self.position)), left, False, {}
 
 
-class NoisyAction(gym.ActionWrapper):
+def noisy(task, **kwargs):
     """Noise on the action before the step, from the task's own generator; what leaves the bounds is clipped."""
+    env = gym.make(task, **kwargs)
+    space = env.action_space
 
-    def action(self, action):
-        space = self.action_space
-        noise = ACTION_NOISE * (space.high - space.low) / 2 * self.np_random.normal(size=space.shape)
+    def disturb(action):
+        noise = ACTION_NOISE * (space.high - space.low) / 2 * env.np_random.normal(size=space.shape)
         return np.clip(action + noise, space.low, space.high).astype(space.dtype)
 
-
-class Positions(gym.ObservationWrapper):
-    """Only the first `count` numbers of the observation."""
-
-    def __init__(self, env, count):
-        super().__init__(env)
-        space, self.count = env.observation_space, count
-        self.observation_space = gym.spaces.Box(space.low[:count], space.high[:count], dtype=space.dtype)
-
-    def observation(self, observation):
-        return observation[: self.count]
-
-
-def noisy(task, **kwargs):
-    return NoisyAction(gym.make(task, **kwargs))
+    return gym.wrappers.TransformAction(env, disturb, space)
 
 
 def positions(task, **kwargs):
-    return Positions(gym.make(task, **kwargs), POSITIONS[task])
+    """Only the first numbers of the observation."""
+    env, shown = gym.make(task, **kwargs), slice(POSITIONS[task])
+    space = env.observation_space
+    space = gym.spaces.Box(space.low[shown], space.high[shown], dtype=space.dtype)
+    return gym.wrappers.TransformObservation(env, lambda obs: obs[shown], space)
 
 
 def stacked(task, **kwargs):
