@@ -26,8 +26,8 @@ Deviations, each explained in docs/tabular_risk.md; tests/test_tabular_risk.py h
 8. For speed 100 episodes of a trial run side by side and add their updates of Q.
 
   python tabular_risk.py                                    # Fig. 1 in a second: the arm flips at β = 5 / ln 9 = 2.2756
-  python tabular_risk.py --figure all --out-dir benchmarks  # all figures, ten trials: 6 minutes on one core
-  python tabular_risk.py --figure beta-sweep --mdp my.npz   # a process of one's own (see make_mdp)
+  python tabular_risk.py --figure all --out-dir benchmarks  # all figures, ten trials: 3 minutes on one core
+  python tabular_risk.py --figure learning --mdp my.npz     # a process of one's own (see make_mdp)
 """
 
 import csv
@@ -45,23 +45,16 @@ from matplotlib.figure import Figure
 
 SCRIPT = Path(__file__).stem
 HORIZON, EXPLORE = 200, 0.5  # steps of an episode, ε of ε-greedy
-CURVES = "return", "falls", "edge", "beta", "kl"  # what learners are measured by
+CURVES = "return", "falls", "beta", "kl"  # what learners are measured by
 
-# The states that may follow a pair are listed in successor (S, A, K), their probabilities in probability; spare places
-# have probability 0. reward (S, A); start (S,) probabilities; hazard (S,) bool: to enter such a state counts as a fall.
-# An end is a state that leads to itself with reward 0. Dense rows of ten thousand states would fill the memory; sixteen
-# successors of each pair do not.
+# The states that may follow a pair stand in successor (S, A, K), their probabilities in probability; spare places have
+# probability 0. So ten thousand states fit into memory. reward (S, A); start (S,) probabilities; hazard (S,) bool: to
+# enter such a state counts as a fall. An end is a state that leads to itself with reward 0.
 Mdp = namedtuple("Mdp", "successor probability reward start hazard gamma")
 
 # ---------------------------------------------------------------- exact solvers
-# Values are in reward units: Q here is β times the paper's Q of eq. (5) and (15), the Q_2 of its Appendix C.3. Greedy
-# is then an argmax for either sign of β, and β = ∞ is value iteration. `beta` is a number or an array (...), whose
-# shape stands in front of every result: a whole sweep over β is one call.
-def lift(beta, axes):
-    """`beta` with as many axes of length one behind it."""
-    beta = np.asarray(beta, float)
-    return beta.reshape(beta.shape + (1,) * axes)
-
+# Values are in reward units: Q here is β times the paper's Q of eq. (5) and (15), the Q_2 of its Appendix C.3. So greedy
+# is an argmax for either sign of β. `beta` is a number or an array (...), whose shape stands in front of every result.
 def twist(value, prob, beta, axis=-1):
     """Exponential twisting of `prob` by `value` along `axis`, for a risk parameter `beta` of either sign.
 
@@ -84,11 +77,11 @@ def twist(value, prob, beta, axis=-1):
 
 def posterior_dynamics(mdp, value, beta):
     """q(s'|s,a) over the successor places (..., S, A, K), certainty equivalents and KL(q‖p), both (..., S, A)."""
-    return twist(value[..., mdp.successor], mdp.probability, lift(beta, 3))  # eq. (4)
+    return twist(value[..., mdp.successor], mdp.probability, np.asarray(beta, float)[..., None, None, None])  # eq. (4)
 
 def posterior_policy(q_value, policy, beta):
     """q(a|s) ∝ π(a|s) exp(Q(s,a)/β), (..., S, A), V(s) and KL(q‖π), both (..., S)."""
-    return twist(q_value, policy, lift(beta, 2))  # eq. (2); here eq. (13) is least
+    return twist(q_value, policy, np.asarray(beta, float)[..., None, None])  # eq. (2); here eq. (13) is least
 
 def backup(mdp, value, beta):
     """The risk-sensitive operator: `value` (..., S) to Q (..., S, A)."""
@@ -125,7 +118,7 @@ def log_marginal(mdp, policy, beta, horizon):
     for _ in range(horizon):
         q_value = mdp.reward + posterior_dynamics(mdp, values[0], beta)[1]  # eq. (3)
         values.insert(0, posterior_policy(q_value, policy, beta)[1])
-    return twist(values[0], mdp.start, lift(beta, 1))[1], np.stack(values)  # eq. (1), (6)
+    return twist(values[0], mdp.start, np.asarray(beta, float)[..., None])[1], np.stack(values)  # eq. (1), (6)
 
 def visits(mdp, policy, gamma=1.0):
     """Expected, discounted visits to each pair (..., S, A) in HORIZON real steps of `policy` (..., S, A)."""
@@ -139,30 +132,20 @@ def visits(mdp, policy, gamma=1.0):
     return total.reshape(*policy.shape[:-1], 1) * policy
 
 def real_outcome(mdp, policy):
-    """What `policy` (..., S, A) comes to in a real episode, computed, not sampled: discounted return, falls, and steps
-    at the edge (where a fall is one step away), each (...)."""
-    often, soon = visits(mdp, policy), visits(mdp, policy, mdp.gamma)
+    """Discounted return and falls of a real episode of `policy` (..., S, A), computed, not sampled; (...) each."""
     fall = (mdp.probability * mdp.hazard[mdp.successor]).sum(-1)
-    gains = soon * mdp.reward, often * fall, often * (fall.max(-1, keepdims=True) > 0)
+    gains = visits(mdp, policy, mdp.gamma) * mdp.reward, visits(mdp, policy) * fall
     return [gain.sum((-1, -2)) for gain in gains]
 
 # ---------------------------------------------------------------- learners from sampled episodes
-def pick(prob, uniform):
-    """One place per column from probabilities (K, walkers)."""
-    total, place = prob[0].copy(), np.zeros(prob.shape[1], int)
-    for slot in range(1, len(prob)):
-        place += uniform >= total
-        total += prob[slot]
-    return place
-
 def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.0, seed=1, actors=100,
           learning_rate=0.01, beta_lr=5e-4, explore=EXPLORE, evals=40):
     """Runs "q-learning", "vmbpo", "beta-vmbpo" or "mnm"; `beta`, its start in β-VMBPO, may be one number per trial.
 
     In every step an actor acts in the real world; the model-based methods count what follows, and take one step from
     the same state in their imagination, with the posterior of the counted model. Returns arrays: "episode"
-    (evals + 1,); of the greedy policy in the real world "return", "falls" and "edge"; "beta"; and "kl", the mean over
-    imagined steps that eq. (9) sees, all (evals + 1, trials); and "q" (trials, S, A).
+    (evals + 1,); of the greedy policy in the real world "return" and "falls"; "beta"; and "kl", the mean over imagined
+    steps that eq. (9) sees, all (evals + 1, trials); and "q" (trials, S, A).
     """
     states, choices, places = mdp.successor.shape
     rows, pairs, walkers = trials * states, trials * states * choices, trials * actors
@@ -170,10 +153,8 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
     base, rng = trial * states, np.random.default_rng(seed)
     # successor places come first in these tables: sums over a leading axis are what NumPy does fastest
     successor, probability = (table.reshape(-1, places).T.copy() for table in (mdp.successor, mdp.probability))
-    reward, worlds = mdp.reward.ravel(), 2  # real, imagined
-    log_beta = np.log(np.ones(trials) * beta)
-    if method == "q-learning":
-        log_beta, worlds = log_beta * np.nan, 1
+    worlds = 1 if method == "q-learning" else 2  # real, imagined
+    reward, log_beta = mdp.reward.ravel(), np.log(np.ones(trials) * beta)
     if method == "mnm":
         need((reward > 0).all(), "MnM takes the logarithm of the reward: it must be positive")
         reward = (1 - mdp.gamma) * np.log(reward)
@@ -188,7 +169,7 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
         if episode == episodes:
             break
         state = mdp.start.cumsum().searchsorted(rng.random(walkers), side="right").clip(max=states - 1)
-        scale = 1.0 if method == "q-learning" else np.exp(log_beta)[trial]
+        scale = np.exp(log_beta)[trial]
         kl_sum, kl_count = np.zeros(trials), np.zeros(trials)
         for luck, wind in rng.random((HORIZON, 2, worlds, walkers), dtype=np.float32):
             # act, in the real world and in imagination: luck decides what is done, wind what follows
@@ -198,7 +179,7 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
             any_choice = (luck * (choices / explore)).astype(int).clip(max=choices - 1)
             choice = np.where(luck < explore, any_choice, best_choice)
             pair = state * choices + choice
-            place = pick(probability.take(pair[0], axis=1), wind[0])
+            place = (wind[0] >= probability.take(pair[0], axis=1).cumsum(0)[:-1]).sum(0)
             after, known = successor[place, pair[0]], 1.0
             if method == "q-learning":
                 future = value[base + after]
@@ -277,28 +258,21 @@ def need(condition, message):
     if not condition:
         raise ValueError(message)
 
-def make_mdp(reward, start, transition=None, successor=None, probability=None, hazard=None, gamma=0.9):
-    """An `Mdp` from a dense `transition` (S, A, S), or from `successor` and `probability` (S, A, K).
+def make_mdp(reward, start, transition, hazard=None, gamma=0.9):
+    """An `Mdp` from a dense `transition` (S, A, S); `start` is a state or a distribution (S,).
 
-    `start` is a state or a distribution (S,). Raises ValueError, one line that says what is allowed.
+    Raises ValueError, one line that says what is allowed.
     """
     reward, start = np.asarray(reward, float), np.asarray(start)
     need(reward.ndim == 2 and reward.size and np.isfinite(reward).all(), "reward must be finite, (states, actions)")
     states, actions = reward.shape
-    need((transition is None) == (successor is not None) == (probability is not None),
-         "either transition, or successor and probability, must be given")
-    if transition is not None:
-        transition = np.asarray(transition, float)
-        need(transition.shape == (states, actions, states), f"transition must be {states} x {actions} x {states}")
-        most = max(1, (transition != 0).sum(-1).max())
-        successor = (transition == 0).argsort(-1, kind="stable")[..., :most]
-        probability = np.take_along_axis(transition, successor, -1)
-    successor, probability = np.asarray(successor), np.asarray(probability, float)
-    need(successor.shape == probability.shape and probability.shape[:-1] == reward.shape,
-         f"successor and probability must be {states} x {actions} x successors")
-    need(np.isin(successor, np.arange(states)).all(), f"successor must hold states 0 to {states - 1}")
-    need(((probability == 0) | (probability > 1e-9)).all() and np.allclose(probability.sum(-1), 1, rtol=0, atol=1e-6),
+    transition = np.asarray(transition, float)
+    need(transition.shape == (states, actions, states), f"transition must be {states} x {actions} x {states}")
+    need(((transition == 0) | (transition > 1e-9)).all() and np.allclose(transition.sum(-1), 1, rtol=0, atol=1e-6),
          "transition probabilities must be 0 or above 1e-9, not negative, finite, and sum to 1 in every row")
+    most = (transition > 0).sum(-1).max()
+    successor = (transition == 0).argsort(-1, kind="stable")[..., :most]
+    probability = np.take_along_axis(transition, successor, -1)
     if start.ndim == 0 and start in range(states):
         start = np.arange(states) == start
     need(start.shape == (states,) and (start >= 0).all() and abs(start.sum() - 1) < 1e-6,
@@ -307,17 +281,18 @@ def make_mdp(reward, start, transition=None, successor=None, probability=None, h
     need(hazard.shape == (states,) and np.isin(hazard, (0, 1)).all(), f"hazard must be {states} values 0 or 1")
     need(np.ndim(gamma) == 0 and 0 <= gamma <= 1, "gamma must be a number from 0 to 1")
     probability = probability / probability.sum(-1, keepdims=True)
-    return Mdp(successor.astype(int), probability, reward, start / start.sum(), hazard.astype(bool), float(gamma))
+    return Mdp(successor, probability, reward, start / start.sum(), hazard.astype(bool), float(gamma))
 
 def load_mdp(path):
-    """An `Mdp` from an .npz file that holds arguments of `make_mdp`, gamma up to .999. Raises ValueError, one line."""
+    """The process in an .npz file that holds arguments of `make_mdp`, gamma up to .999."""
     try:
         mdp = make_mdp(**np.load(path))
+        need(mdp.gamma <= 0.999, "gamma must be at most 0.999, or the solvers take forever")
+        return mdp
     except Exception as error:  # a file can be wrong in many ways
         pickled = "pickle" in str(error)  # what NumPy says of text and of objects
-        raise ValueError("it holds something else than numbers" if pickled else error) from None
-    need(mdp.gamma <= 0.999, "gamma must be at most 0.999, or the solvers take forever")
-    return mdp
+        reason = "it holds something else than numbers" if pickled else error
+        fail(f"--mdp {path}: must be an .npz file with the arrays of make_mdp ({reason})")
 
 # ---------------------------------------------------------------- figures: a picture, the rows of a csv file, a table
 LOOK = {"q-learning": ("Q-learning", "tab:blue", "o"), "vmbpo": ("VMBPO (β = 1)", "tab:red", "s"),
@@ -379,9 +354,8 @@ def plot_dynamics(args, mdp, figure):
         while path[-1] != GOAL and (ahead := landing[path[-1], plan[path[-1]]]) not in (*path, len(CELLS)):
             path.append(ahead)
         axis.plot(COL[path], ROW[path], color="tab:blue", linewidth=5, alpha=0.35)
-        dense = np.zeros((len(CELLS), len(CELLS) + 1))
-        np.put_along_axis(dense, grid.successor[CELLS, 3], after[CELLS, 3], 1)
-        moved = np.take_along_axis(dense, landing, 1) * (landing != CELLS[:, None])  # (cells, 4): chance of each way
+        there = grid.successor[CELLS, 3][:, None] == landing[..., None]  # (cells, 4, K)
+        moved = (there * after[CELLS, 3][:, None]).sum(-1) * (landing != CELLS[:, None])  # chance of each way
         rows += [[beta, ROW[cell], COL[cell], *moved[cell], plan[cell], cell in path] for cell in free]
         for way in range(4):
             down, right = 0.85 * MOVES[way][:, None] * moved[free, way]
@@ -397,20 +371,14 @@ def plot_dynamics(args, mdp, figure):
     figure.supxlabel("Arrows: where the action 'right' leads, as long as it is likely; red: into the cliff (−100)."
                      "\nBlue: the way to the goal G that is best if these dynamics hold.", fontsize=11)
     header = ["beta", "row", "column", "p_up", "p_left", "p_down", "p_right", "greedy_action", "on_path"]
-    table = [["beta", "return", "falls", "edge", "kl"], *np.column_stack([betas, outcome])]
+    table = [["beta", "return", "falls", "kl"], *np.column_stack([betas, outcome])]
     return [header, *rows], table
 
 def plot_learning(args, mdp, figure):
     """Fig. 3: three learners; β-VMBPO from several starts of β; β itself."""
-    mdp, world, trials = mdp or grid_world(cliff=True), args.mdp or "cliff", args.trials
+    mdp, world = mdp or grid_world(cliff=True), args.mdp or "cliff"
     starts = args.beta or (100.0, 1.0, 10.0, 1000.0)  # the first one meets the other learners
-    runs = [(method, start, learn(mdp, method, args.episodes, trials, seed=args.seed))
-            for method, start in (("q-learning", ""), ("vmbpo", 1.0))]
-    ours = learn(mdp, "beta-vmbpo", args.episodes, trials * len(starts), np.repeat(starts, trials),
-                 args.kl_budget, seed=args.seed)
-    for index, start in enumerate(starts):
-        own = {key: ours[key][:, index * trials : (index + 1) * trials] for key in CURVES}
-        runs.append(("beta-vmbpo", start, own | {"episode": ours["episode"]}))
+    learners = [("q-learning", 1.0), ("vmbpo", 1.0), *(("beta-vmbpo", start) for start in starts)]
     axes, rows, table = figure.subplots(1, 3), [HEADER], [HEADER]
     axes[0].set_title("three learners")
     axes[1].set_title("β-VMBPO from several β")
@@ -418,7 +386,8 @@ def plot_learning(args, mdp, figure):
     for axis in axes[:2]:
         axis.set_yscale("symlog", linthresh=0.2)  # linear near the optimum, logarithmic where policies fall
         show_optimum(axis, mdp)
-    for index, (method, start, history) in enumerate(runs):
+    for index, (method, start) in enumerate(learners):
+        history = learn(mdp, method, args.episodes, args.trials, start, args.kl_budget, seed=args.seed)
         rows += curve_rows(history, world, method, start)
         table.append(rows[-1])
         if index < 3:
@@ -430,8 +399,9 @@ def plot_learning(args, mdp, figure):
 
 def plot_mnm(args, mdp, figure):
     """Fig. 6: four learners on the MnM grid, from an optimistic Q and from 0; and on MnM's risk test."""
-    start, grid, tenth = (args.beta or (100.0,))[0], grid_world(cliff=False), -(-args.episodes // 1000) * 100
     axes, rows, table = figure.subplots(1, 3), [HEADER], [HEADER]
+    start, grid = args.beta[0] if args.beta else 100.0, grid_world(cliff=False)
+    tenth = -(-args.episodes // 1000) * 100  # in whole hundreds
     cases = (("MnM grid, initial Q = 0.1", grid, 0.1, args.episodes),
              ("MnM grid, initial Q = 0", grid, 0.0, args.episodes),
              ("risk test, initial Q = 0", risk_line(), 0.0, tenth))
@@ -439,60 +409,22 @@ def plot_mnm(args, mdp, figure):
         axis.set_title(title)
         show_optimum(axis, world)
         for index, (method, look) in enumerate(LOOK.items()):
-            beta = {"beta-vmbpo": start, "q-learning": np.nan}.get(method, 1.0)
+            beta = start if method == "beta-vmbpo" else 1.0
             history = learn(world, method, episodes, args.trials, beta, args.kl_budget, q_init, args.seed)
             show_curve(axis, history, "return", *look, markevery=(2 * index, 8), linewidth=5 - index)
             rows += curve_rows(history, title, method, beta)
             table.append(rows[-1])
     return rows, table
 
-def plot_beta_sweep(args, mdp, figure):
-    """Return, falls and KL of the exact solution against β, and what dual descent finds for several budgets."""
-    mdp, size, start = mdp or grid_world(cliff=True), np.geomspace(0.1, 1e4, 61), (args.beta or (100.0,))[0]
-    budgets = args.kl_budget * np.array([0.5, 1, 2.5, 10, 50])
-    header = ["kind", "beta", "return", "falls", "edge", "kl", "kl_budget"]
-    axes, rows, table = figure.subplots(1, 3), [header], [header]
-    for sign, label, look in (-1, "exact, β < 0: risk-averse", "C4--"), (1, "exact, β > 0: risk-seeking", "C2-"):
-        q_value = soft_value_iteration(mdp, sign * size)
-        _, _, kl = posterior_dynamics(mdp, q_value.max(-1), sign * size)
-        policy = greedy(q_value)
-        explorer = (1 - EXPLORE) * policy + EXPLORE / policy.shape[-1]  # dual descent sees its KL
-        mean_kl = (visits(mdp, explorer) * kl).sum((-1, -2)) / HORIZON
-        value, falls, edge = real_outcome(mdp, policy)
-        rows += [["exact", *row, ""] for row in np.column_stack([sign * size, value, falls, edge, mean_kl])]
-        for axis, curve in zip(axes, (value, falls, mean_kl)):
-            axis.plot(size, curve, look, label=label)
-    limits = np.repeat(budgets, args.trials)
-    history = learn(mdp, "beta-vmbpo", args.episodes, len(limits), start, limits, seed=args.seed)
-    for index, budget in enumerate(budgets):
-        trials = slice(index * args.trials, (index + 1) * args.trials)
-        value, falls, edge, beta, kl = (history[key][-1, trials] for key in CURVES)
-        for axis, end in zip(axes, (value, falls, kl)):
-            axis.plot(beta, end, "o", alpha=0.6, color=f"C{index + 5}", label=f"learned with ε = {budget:g}")
-        ends = np.column_stack([beta, value, falls, edge, kl])
-        rows += [["dual descent", *row, budget] for row in ends]
-        # the exact β is where the KL, that falls as β grows, meets the budget
-        exact = np.interp(np.log(budget), np.log(mean_kl[::-1] + 1e-300), np.log(size[::-1]), np.inf, -np.inf)
-        table += [["learned", *ends.mean(0), budget], ["exact", np.exp(exact), "", "", "", budget, budget]]
-    for axis, name in zip(axes, ("return of the greedy policy", "falls per episode", "KL(q‖p), nats per real step")):
-        axis.set(xlabel="|β|", ylabel=name, xscale="log")
-    axes[0].set_yscale("symlog", linthresh=0.2)
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[2].set_yscale("log" if mean_kl.max() > 0 else "linear")
-    title = f"Lines: the exact solution. Dots: where dual descent ends, {args.trials} trials for each ε."
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
-    return rows, table
-
-PLOTS = {"risky-arm": plot_risky_arm, "dynamics": plot_dynamics, "learning": plot_learning, "mnm": plot_mnm,
-         "beta-sweep": plot_beta_sweep}
+PLOTS = {"risky-arm": plot_risky_arm, "dynamics": plot_dynamics, "learning": plot_learning, "mnm": plot_mnm}
 
 # ---------------------------------------------------------------- the command
 @dataclass
 class Args:
     """Small decision processes, solved and learned: the tabular figures of the beta-VMBPO paper."""
 
-    figure: Literal[(*PLOTS, "all")] = "risky-arm"  # Fig. 1, 2, 3, 6 of the paper, a sweep over beta, or all of them
-    mdp: str = ""  # .npz file with the arrays of make_mdp: a process of one's own, for learning or beta-sweep
+    figure: Literal[(*PLOTS, "all")] = "risky-arm"  # Fig. 1, 2, 3, 6 of the paper, or all of them
+    mdp: str = ""  # .npz file with the arrays of make_mdp: a process of one's own, for learning
     out_dir: str = ""  # folder for results/*.csv and figures/*.png; empty: runs/tabular_risk/FIGURE_sSEED_DATE-TIME
     overwrite: bool = False  # replace results that out-dir already holds
     seed: int = 1  # seed of all random numbers
@@ -500,8 +432,8 @@ class Args:
     episodes: int = 40_000  # episodes of 200 steps per trial, a multiple of 100 (risk test of mnm: a tenth of them)
     beta: tuple[float, ...] = ()
     """values in the risky-arm table (empty: 1 2.5 5 10 50), panels of dynamics (1 100), starts of dual descent in
-    learning (100 1 10 1000; the first meets the other learners) and, one, in mnm and beta-sweep (100)"""
-    kl_budget: float = 0.001  # epsilon of eq. (8), nats a step; beta-sweep takes 0.5, 1, 2.5, 10 and 50 times as much
+    learning (100 1 10 1000; the first meets the other learners) and, one, in mnm (100)"""
+    kl_budget: float = 0.001  # epsilon of eq. (8), nats a step
 
     def conflicts(self):
         """Yields the flags that cannot work, each with the rule."""
@@ -518,10 +450,10 @@ class Args:
             yield "beta", "must be 0.01 to 1e7"
         if not 0 < self.kl_budget < np.inf:
             yield "kl_budget", "must be positive and finite"
-        if len(self.beta) > 1 and self.figure in ("mnm", "beta-sweep", "all"):
+        if len(self.beta) > 1 and self.figure in ("mnm", "all"):
             yield "beta", f"must be one number with --figure {self.figure}"
-        if self.mdp and self.figure not in ("learning", "beta-sweep"):
-            yield "mdp", "works with --figure learning or beta-sweep"
+        if self.mdp and self.figure != "learning":
+            yield "mdp", "works with --figure learning"
 
 def fail(message, code=2):
     """Print one line and exit."""
@@ -534,10 +466,7 @@ def parse_args(argv):
     for name, rule in args.conflicts():
         value = " ".join(map(str, np.atleast_1d(getattr(args, name))))
         fail(f"--{name.replace('_', '-')} {value}: {rule}")
-    try:
-        mdp = load_mdp(args.mdp) if args.mdp else None
-    except ValueError as error:
-        fail(f"--mdp {args.mdp}: must be an .npz file with the arrays of make_mdp ({error})")
+    mdp = load_mdp(args.mdp) if args.mdp else None
     folder = Path(args.out_dir or f"runs/{SCRIPT}/{args.figure}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
     stems = {name: f"tabular_{name.replace('-', '_')}" for name in PLOTS if args.figure in (name, "all")}
     files = {name: (folder / f"results/{stem}.csv", folder / f"figures/{stem}.png") for name, stem in stems.items()}

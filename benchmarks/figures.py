@@ -2,7 +2,6 @@
 
     python benchmarks/figures.py --experiment quick_fig5    # all runs that `grid.py quick_fig5` has left
     python benchmarks/figures.py --name pendulum --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
-    python benchmarks/figures.py --experiment fig3b --against steps hours
 
 writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
 experiment's NAME is its own. Runs that share task and label are further trials of one curve, which ends where not all
@@ -52,7 +51,6 @@ class Args:
     runs: tuple[str, ...] = ()  # run directories, in the order of the legend
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
-    against: tuple[Literal["steps", "hours"], ...] = ("steps",)  # x-axes
     task: str = ""  # draw all runs in one panel under this name; default: one per task
     reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
     budget: float = 0.0  # a line at this KL
@@ -82,12 +80,7 @@ def collect(args):
     for label, run in runs_of(args):
         settings = Path(run) / "args.json"
         task = args.task or (json.loads(settings.read_text())["env_id"] if settings.is_file() else "")
-        everything = metrics_of(run)
-        curves = group([row for row in everything if row[2] in args.metrics], 2)
-        if "hours" in args.against:
-            clock = wall_clock(everything)
-            steps = sorted({row[0] for row in curves["eval/return"]})
-            curves["time/hours"] = [(step, 0, "", clock(step)) for step in steps]
+        curves = group([row for row in metrics_of(run) if row[2] in args.metrics], 2)
         for metric, rows in curves.items():
             steps = sorted({step for step, *_ in rows})
             keep = {*steps[:: max(1, len(steps) // 100)], steps[-1]}
@@ -96,18 +89,6 @@ def collect(args):
                     yield {"task": task, "label": label, "step": step, "trial": trials[task, label] + trial,
                            "metric": metric, "value": f"{value:.5g}"}
         trials[task, label] += 1 + max((row[1] for rows in curves.values() for row in rows), default=-1)
-
-
-def wall_clock(rows):
-    """Step -> hours of a run, from the rows of its metrics.csv. time/sps is the speed since the row before, with
-    evaluation and checkpoints; it counts for the whole interval, also where a resume cut it short. The clock is that of
-    all trials side by side, and of whatever else kept the machine busy."""
-    speed = dict(sorted((step, value) for step, _, metric, value in rows if metric == "time/sps"))
-    if not speed:
-        fail("--against hours: a run is too short, no time/sps in its metrics.csv")
-    steps, rate = np.array([0, *speed]), np.array([*speed.values()])
-    hours = np.concatenate([[0], (np.diff(steps) / rate).cumsum()]) / 3600
-    return lambda step: np.interp(step, steps, hours) + max(0, step - steps[-1]) / rate[-1] / 3600
 
 
 def curve(rows):
@@ -130,12 +111,9 @@ def spread(values, aggregate):
     return middle[""], *interval[""]
 
 
-def draw_line(args, axis, rows, hours, **style):
-    """A line and its band against steps, or against the mean of the trials' hours; returns the number of trials."""
+def draw_line(args, axis, rows, **style):
+    """A line and its band; returns the number of trials."""
     steps, values = curve(rows)
-    if hours:
-        clock = dict(zip(*curve(hours)))
-        steps = [np.mean(clock[step]) for step in steps]
     if rows[0]["metric"] in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
         middle, low, high = (np.exp(x) for x in spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
     else:
@@ -152,21 +130,19 @@ def draw_published(axis, task, last):
             axis.errorbar(step, mean, std, fmt=marker, color="grey", capsize=3, zorder=0, label=f"{name}, published")
 
 
-def draw_panel(args, axis, found, task, metric, against, labels):
-    rows = found[task, metric]
-    lines, clocks = group(rows, "label"), group(found.get((task, "time/hours"), []), "label")
+def draw_panel(args, axis, rows, task, metric, labels):
+    lines = group(rows, "label")
     axis.set_yscale("log" if metric in LOG_METRICS else "linear")
-    trials = {draw_line(args, axis, lines[label], clocks.get(label) if against == "hours" else None, label=label,
-                        color=f"C{i}", linestyle="-" if i < 10 else "--")
+    trials = {draw_line(args, axis, lines[label], label=label, color=f"C{i}", linestyle="-" if i < 10 else "--")
               for i, label in enumerate(labels) if label in lines}
     if metric == "model/kl" and args.budget:
         axis.axhline(args.budget, color="black", linestyle=":", linewidth=1)
-    if metric == "eval/return" and against == "steps":
+    if metric == "eval/return":
         draw_published(axis, args.reference or task, max(int(row["step"]) for row in rows))
     what = {"mean": "mean ± one standard deviation", "iqm": "interquartile mean, 95 % interval"}[args.aggregate]
     what = f"geometric {what}" if metric in LOG_METRICS else what
     counts = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
-    axis.set_xlabel("hours" if against == "hours" else "environment steps per trial")
+    axis.set_xlabel("environment steps per trial")
     axis.set_ylabel("one trial" if counts == "1" else f"{what}, {counts} trials", fontsize=7)
 
 
@@ -174,24 +150,23 @@ def draw(args, rows, figure):
     rows = [{"task": ""} | row for row in rows]  # the oldest tables have no such column
     found = group(rows, "task", "metric")
     tasks, labels, metrics = ([*group(rows, column)] for column in ("task", "label", "metric"))
-    metrics = [metric for metric in args.metrics or metrics if metric in metrics and metric != "time/hours"]
-    panels = [(task, metric, against) for task in tasks for metric in metrics for against in args.against]
+    metrics = [metric for metric in args.metrics or metrics if metric in metrics]
+    panels = [(task, metric) for task in tasks for metric in metrics]
     each = len(panels) // len(tasks)
     columns = min(3, len(panels)) if 1 in (len(tasks), each) else each
     lines = -(-len(panels) // columns)
     figure.set_size_inches(4.4 * columns, 3.2 * lines + 0.4)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, (task, metric, against) in zip(axes, panels):
+    for axis, (task, metric) in zip(axes, panels):
         if (task, metric) in found:
-            draw_panel(args, axis, found, task, metric, against, labels)
+            draw_panel(args, axis, found[task, metric], task, metric, labels)
         name = NAMES.get(metric, metric)
         axis.set_title(f"{task}: {name}" if len(tasks) > 1 else name)
     for axis in axes[len(panels) :]:
         axis.remove()
     axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
     for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
-        if metric != "time/hours":
-            yield f"{task} {label}: {tell(rows, args.solved)}".lstrip()
+        yield f"{task} {label}: {tell(rows, args.solved)}".lstrip()
 
 
 def tell(rows, solved=None):

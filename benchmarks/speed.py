@@ -39,7 +39,8 @@ from torch import nn
 
 TASK = "HalfCheetah-v4"  # 17 observations, 6 actions
 SAC = {"inference": "direct", "prior": "uniform", "action_samples": 1, "batch_size": 256}  # which is SAC
-FULL = {"min_first_batches": 5, "min_batches": 5, "max_batches": 5, "fit_every": 1}  # memory does not ask for more
+FULL = {"env_id": "Walker2d-v4", "fit_every": 1,  # memory does not ask for more minibatches
+        "min_first_batches": 5, "min_batches": 5, "max_batches": 5}
 HUNDRED = {"min_first_batches": 100, "min_batches": 100, "max_batches": 100}  # minibatches of a fit
 TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400,
         "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2, "max_batches": 2,
@@ -72,42 +73,34 @@ class Contestant:
     device: str = "cpu"
 
 
-def update(script, rows=10_000, threads=1, **flags):
-    return Contestant("update", script, flags, rows, threads, parts=flags.get("trials", 1))
-
-
-def fit(**flags):
-    return Contestant("fit", "mbpo", HUNDRED | flags, calls=1, parts=100 * flags.get("trials", 1))
-
-
-def steps(script, rows=10_000, calls=250, **flags):
-    return Contestant("steps", script, flags, rows, calls=calls, parts=flags.get("trials", 1))
-
-
 def rows_of(table):
     """Name of a row -> our contestant, and the peer's or None."""
     if table == "sac":
         for trials, threads in ((1, 1), (1, 2), (5, 1)):
             name = f"SAC update, {trials} trial(s), {threads} thread(s)"
-            own = update("sac_iterative", threads=threads, trials=trials, **SAC)
+            own = Contestant("update", "sac_iterative", SAC | {"trials": trials}, threads=threads, parts=trials)
             yield name, own, Contestant("sb3", threads=threads)
     if table == "fit":
-        yield "minibatch of a fit", fit(), Contestant("mbpo_pytorch", calls=100)
+        own = Contestant("fit", "mbpo", HUNDRED, calls=1, parts=100)
+        yield "minibatch of a fit", own, Contestant("mbpo_pytorch", calls=100)
     if table == "inference":
         for samples in (10, 200):
-            own = update("sac_iterative", inference_iters=2, action_samples=samples, batch_size=128)
+            flags = {"inference_iters": 2, "action_samples": samples, "batch_size": 128}
+            own = Contestant("update", "sac_iterative", flags)
             yield f"iterative, K = 2, {samples} samples", own, Contestant("sb3")
     if table == "steps":
         for script, rows, trials in (("beta_vmbpo", 10_000, 1), ("beta_vmbpo", 10_000, 3), ("beta_vmbpo", 100_000, 1),
                                      ("beta_vmbpo", 100_000, 3), ("vmbpo", 10_000, 1), ("mbpo", 10_000, 1)):
-            yield f"{script}, {rows:,} rows, {trials} trial(s)", steps(script, rows, trials=trials), None
+            own = Contestant("steps", script, {"trials": trials}, rows, calls=250, parts=trials)
+            yield f"{script}, {rows:,} rows, {trials} trial(s)", own, None
     if table == "latent":
         for agent in ("generative", "discriminative", "memoryless"):
-            yield agent, update("active_vem", 1_000, agent=agent, env_id="Pendulum-v1", mask="velocity"), None
+            flags = {"agent": agent, "env_id": "Pendulum-v1", "mask": "velocity"}
+            yield agent, Contestant("update", "active_vem", flags, rows=1_000), None
     if table == "memory":
-        yield "sac_iterative, full buffer", steps("sac_iterative", 0, 4), None
+        yield "sac_iterative, full buffer", Contestant("steps", "sac_iterative", rows=0, calls=4), None
         for script in ("mbpo", "vmbpo", "beta_vmbpo"):
-            yield f"{script}, full buffers", steps(script, 0, 4, env_id="Walker2d-v4", **FULL), None
+            yield f"{script}, full buffers", Contestant("steps", script, FULL, rows=0, calls=4), None
 
 
 # Ours
@@ -330,11 +323,12 @@ def measure_table(args):
     for name, own, peer in rows_of(args.table):
         if args.only not in name:
             continue
-        own.flags |= {"cuda_graph": args.cuda_graph}
+        own.flags = own.flags | {"cuda_graph": args.cuda_graph}
         if args.matmul_precision != "default":
-            own.flags |= {"matmul_precision": args.matmul_precision}
+            own.flags = own.flags | {"matmul_precision": args.matmul_precision}
         if args.quick:
-            own.flags |= {key: value for key, value in TINY.items() if hasattr(load_script(own.script).Args, key)}
+            tiny = {key: value for key, value in TINY.items() if hasattr(load_script(own.script).Args, key)}
+            own.flags = own.flags | tiny
         for contestant in filter(None, (own, peer)):
             contestant.device = args.device
             if args.quick:

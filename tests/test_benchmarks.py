@@ -179,24 +179,6 @@ def test_a_curve_in_words():
         "1 first at 10; all stay from 10; again below: none")
 
 
-def test_against_hours(here, drawn):
-    """Run two is twice as fast."""
-    runs = (str(here / "one"), str(here / "two"))
-    args = FIGURES.Args(name="made_up", runs=runs, labels=("A", "B"), against=("steps", "hours"))
-    assert FIGURES.main(args) == 0
-    steps, hours = drawn[0].axes
-    ends = [line.get_xdata()[-1] for axis in (steps, hours) for line in axis.get_lines()]
-    assert ends == pytest.approx([3000, 3000, 1 / 60, 1 / 120], rel=1e-4)
-    assert "mean ± one standard deviation, 2 trials" in steps.get_ylabel() and hours.get_xlabel() == "hours"
-
-
-def test_wall_clock_is_the_sum_of_the_intervals():
-    rows = [(100, -1, "time/sps", 50.0), (100, 0, "eval/return", 1.0), (200, -1, "time/sps", 25.0)]
-    hours = FIGURES.wall_clock([*rows, (300, -1, "time/sps", 100.0)])
-    seconds = {0: 0, 50: 1, 100: 2, 150: 4, 200: 6, 300: 7, 350: 7.5}
-    assert {step: 3600 * hours(step) for step in seconds} == pytest.approx(seconds)
-
-
 def test_figure_of_an_experiment(here, drawn, monkeypatch):
     """A panel per task, published points where there are any; runs of one task and label are trials of one curve."""
     table = here / "experiments.toml"

@@ -52,26 +52,27 @@ def contestant(monkeypatch, contestant, *names):
 
 
 def test_an_update_is_one(monkeypatch):
-    call, calls = contestant(monkeypatch, SPEED.update("sac_iterative", 300, hidden_dim=8, **SPEED.SAC), "update")
+    own = SPEED.Contestant("update", "sac_iterative", {"hidden_dim": 8} | SPEED.SAC, 300)
+    call, calls = contestant(monkeypatch, own, "update")
     call()
     assert calls == {"update": 1}
 
 
 def test_a_fit_has_a_hundred_minibatches(monkeypatch):
-    """For each of which a part of its time counts, and of each trial."""
-    own = SPEED.fit(trials=2, **{key: value for key, value in SMALL.items() if key not in SPEED.HUNDRED})
-    own.rows = 300
+    """For each of which a part of its time counts."""
+    ((_, own, _),) = SPEED.rows_of("fit")
+    own.rows, own.flags = 300, SMALL | own.flags
     call, calls = contestant(monkeypatch, own, "model_loss", "fit_model")
     call()
     call()
-    assert calls == {"model_loss": 200, "fit_model": 2} and (own.calls, own.parts) == (1, 200)
+    assert calls == {"model_loss": 200, "fit_model": 2} and (own.calls, own.parts) == (1, 100)
 
 
 def test_steps_are_those_of_the_script_s_loop(monkeypatch):
     """A fit first, then one every fit_every steps, roll-outs after each, updates and the dual step at every step."""
     names = "fit_model", "imagine", "act", "update", "update_beta"
     flags = SMALL | {"fit_every": 4, "updates_per_step": 3, "env_id": "InvertedPendulum-v4"}
-    call, calls = contestant(monkeypatch, SPEED.steps("beta_vmbpo", 300, **flags), *names)
+    call, calls = contestant(monkeypatch, SPEED.Contestant("steps", "beta_vmbpo", flags, 300), *names)
     for _ in range(8):
         call()
     assert calls == {"fit_model": 2, "imagine": 2, "act": 8, "update": 24, "update_beta": 8}
@@ -80,14 +81,15 @@ def test_steps_are_those_of_the_script_s_loop(monkeypatch):
 def test_buffers_are_filled_as_asked():
     """To the last row."""
     for rows, expected in ((300, 300), (0, 400)):
-        buffer = SPEED.prepare(SPEED.steps("beta_vmbpo", rows, **SMALL))[3][0]
+        buffer = SPEED.prepare(SPEED.Contestant("steps", "beta_vmbpo", SMALL, rows))[3][0]
         obs, action, *_, terminated = buffer.rows().split(buffer.widths, -1)
         assert buffer.rows().shape[1] == expected and action.abs().max() <= 1 and obs.std() > 0.9
         assert not terminated.any()
 
 
 def test_filled_buffers_of_active_vem_hold_whole_episodes():
-    *_, (buffer,) = SPEED.prepare(SPEED.update("active_vem", 600, env_id="Pendulum-v1", hidden_dim=8, model_dim=8))
+    flags = {"env_id": "Pendulum-v1", "hidden_dim": 8, "model_dim": 8}
+    *_, (buffer,) = SPEED.prepare(SPEED.Contestant("update", "active_vem", flags, 600))
     time = buffer.rows()[..., -1]
     assert (time[0] == torch.arange(600) % 200).all() and not buffer.rows()[..., 8].any()
     assert (buffer.sample(50, 20)[2] > 0).float().mean() > 0.4  # windows are cut at both ends, not within
@@ -122,7 +124,7 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
             return drift * (1 if self.name.startswith("update") else 2)
 
     monkeypatch.setattr(SPEED, "Process", Fake)
-    own, peer = SPEED.update("sac_iterative"), SPEED.Contestant("mbpo_pytorch")
+    own, peer = SPEED.Contestant("update", "sac_iterative"), SPEED.Contestant("mbpo_pytorch")
     row = SPEED.measure(SPEED.Args(blocks=3), own, peer)
     assert order[2:8] == ["update default", "mbpo_pytorch highest"] * 3
     assert order[9:] == ["update default", "mbpo_pytorch medium"] * 3

@@ -348,23 +348,22 @@ def test_real_outcome_and_visits_match_matrix_powers():
     mdp = tr.grid_world(cliff=True)
     policy = random_policy(np.random.default_rng(9), mdp)
     matrix = np.einsum("sa,sat->st", policy, transition(mdp))
-    edge = [10 * row + col for row in range(6) for col in (3, 6)] + [64, 65]
-    state, total, falls, visits, edges = mdp.start, 0.0, 0.0, np.zeros(101), 0.0
+    state, total, falls, visits = mdp.start, 0.0, 0.0, np.zeros(101)
     for t in range(200):
         total += mdp.gamma**t * state @ (policy * mdp.reward).sum(1)
-        visits, edges = visits + state, edges + state[edge].sum()
+        visits = visits + state
         state = state @ matrix
         falls += state[100]
-    np.testing.assert_allclose(tr.real_outcome(mdp, policy), [total, falls, edges], rtol=1e-10)
+    np.testing.assert_allclose(tr.real_outcome(mdp, policy), [total, falls], rtol=1e-10)
     np.testing.assert_allclose(tr.visits(mdp, policy), visits[:, None] * policy, atol=1e-10)
 
 
 def test_real_value_on_the_cliff_never_falls_as_beta_grows():
     mdp = tr.grid_world(cliff=True)
     policy = tr.greedy(tr.soft_value_iteration(mdp, np.geomspace(0.1, 1e4, 60)))
-    value, falls, edge = tr.real_outcome(mdp, policy)
+    value, falls = tr.real_outcome(mdp, policy)
     assert (np.diff(value) >= -1e-12).all() and (np.diff(falls) <= 1e-12).all() and value[-1] - value[0] > 6
-    assert edge[0] > 10 and edge[-1] < 1.5
+    assert falls[0] > 1 and falls[-1] < 0.2
 
 
 def test_risk_line_fools_vmbpo_only():
@@ -377,8 +376,8 @@ def test_risk_line_fools_vmbpo_only():
 
 def test_ten_thousand_states():
     rng, states = np.random.default_rng(10), 10_000
-    mdp = tr.make_mdp(rng.uniform(0, 1, (states, 4)), 0, successor=rng.integers(0, states, (states, 4, 16)),
-                      probability=rng.dirichlet(np.ones(16) * 3, (states, 4)), gamma=0.5)
+    mdp = tr.Mdp(rng.integers(0, states, (states, 4, 16)), rng.dirichlet(np.ones(16) * 3, (states, 4)),
+                 rng.uniform(0, 1, (states, 4)), np.eye(states)[0], np.zeros(states, bool), gamma=0.5)
     q = tr.soft_value_iteration(mdp, 5.0)
     s, a = 1234, 2
     after = zip(mdp.successor[s, a], mdp.probability[s, a])
@@ -504,10 +503,9 @@ def run(capsys, *argv):
     (["--figure", "learning", "--beta", "-1"], "--beta -1.0: must be 0.01 to 1e7"),
     (["--figure", "learning", "--beta", "1", "inf"], "--beta 1.0 inf: must be 0.01 to 1e7"),
     (["--figure", "mnm", "--beta", "1", "2", "3"], "--beta 1.0 2.0 3.0: must be one number with --figure mnm"),
-    (["--figure", "beta-sweep", "--beta", "1", "2"], "--beta 1.0 2.0: must be one number"),
     (["--figure", "all", "--beta", "1", "2"], "--beta 1.0 2.0: must be one number"),
     (["--kl-budget", "-1"], "--kl-budget -1.0: must be"), (["--kl-budget", "inf"], "--kl-budget inf: must be"),
-    (["--mdp", "x.npz"], "--mdp x.npz: works with --figure learning or beta-sweep"),
+    (["--mdp", "x.npz"], "--mdp x.npz: works with --figure learning"),
     (["--figure", "learning", "--mdp", "x.npz"], "--mdp x.npz: must be"),
 ])
 def test_bad_flags_end_in_one_line(argv, said, capsys, tmp_path, monkeypatch):
@@ -547,14 +545,14 @@ GOOD = {"reward": [[1.0, 0.0], [0.5, 2.0]], "start": 0, "transition": np.full((2
     ({"transition": np.array([[[1.5, -0.5]] * 2] * 2)}, "not negative"), ({"reward": [[1.0, np.nan], [0, 0]]}, "reward must"),
     ({"transition": np.full((2, 2, 2), np.nan)}, "finite"), ({"reward": [1.0, 2.0]}, "reward must"), ({"start": 2}, "start"),
     ({"start": -1}, "start"), ({"start": [0.5, 0.6]}, "start"), ({"gamma": 1.0}, "gamma"), ({"transition": np.array([[[1 - 1e-12, 1e-12]] * 2] * 2)}, "1e-9"), ({"gamma": -0.1}, "gamma"),
-    ({"hazard": [0, 1, 0]}, "hazard must be 2 values"), ({"colour": 1}, "colour"), ({"successor": np.zeros((2, 2, 1))}, "either"),
+    ({"hazard": [0, 1, 0]}, "hazard must be 2 values"), ({"colour": 1}, "colour"),
     ({"start": "a"}, "start"), ({"reward": [["a", "b"]] * 2}, "convert"),
     ({"start": None}, "it holds something else than numbers"),
     ({"start": np.array([{}, 1], object)}, "it holds something else than numbers"),
 ])
 def test_bad_mdp_files_are_refused(change, said, capsys, tmp_path):
     np.savez(tmp_path / "bad.npz", **{**GOOD, **change})
-    code, _, err = run(capsys, "--figure", "beta-sweep", "--mdp", str(tmp_path / "bad.npz"), "--out-dir", str(tmp_path / "o"))
+    code, _, err = run(capsys, "--figure", "learning", "--mdp", str(tmp_path / "bad.npz"), "--out-dir", str(tmp_path / "o"))
     assert code == 2 and err.count("\n") == 1 and "--mdp" in err and said in err and "allow_pickle" not in err
     assert not (tmp_path / "o").exists()
 
@@ -569,7 +567,7 @@ def test_files_that_are_no_npz_are_refused(content, capsys, tmp_path):
 @pytest.mark.parametrize("name", tr.PLOTS)
 def test_figures_write_what_they_say_and_overwrite_nothing(name, capsys, tmp_path):
     argv = ["--figure", name, "--episodes", "200", "--trials", "2", "--out-dir", str(tmp_path)]
-    if name in ("learning", "beta-sweep"):
+    if name == "learning":
         np.savez(tmp_path / "my.npz", **GOOD)
         argv += ["--mdp", str(tmp_path / "my.npz")]
     tr.main(argv)
@@ -583,6 +581,33 @@ def test_figures_write_what_they_say_and_overwrite_nothing(name, capsys, tmp_pat
     before = [path.read_bytes() for path in made]
     assert run(capsys, *argv)[0] == 2 and [path.read_bytes() for path in made] == before
     tr.main([*argv, "--overwrite"])
+
+
+def test_the_sweep_s_dual_descent_ends_where_the_exact_kl_meets_the_budget(capsys, tmp_path, monkeypatch):
+    """On the risk test, whose exact KL is in every column of the sweep's csv; drawn again from it alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import beta_sweep
+    import common
+
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    for folder in ("results", "figures"):
+        (tmp_path / folder).mkdir()
+    transition = np.zeros((3, 2, 3))
+    transition[[0, 0, 1, 1, 2], [0, 1, 0, 1, 0], [0, 1, 0, 2, 1]] = 1
+    transition[2, 1, [1, 2]] = 0.5
+    np.savez(tmp_path / "line.npz", reward=np.outer([50, 0.001, 51], [1, 1]), start=1, transition=transition)
+    monkeypatch.setattr(beta_sweep, "BUDGETS", (0.01,))
+    args = beta_sweep.Args(mdp=str(tmp_path / "line.npz"), out="line", trials=2, episodes=25_000)
+    assert beta_sweep.main(args) == 0
+    ends = re.search(r"ends at β = (\S+), the exact KL meets ε at (\S+)", capsys.readouterr().out)
+    assert float(ends[1]) == pytest.approx(float(ends[2]), rel=0.1)
+    rows = [*csv.DictReader((tmp_path / "results/line.csv").open())]
+    assert [row["kind"] for row in rows] == ["exact"] * 122 + ["learned"] * 2
+    (tmp_path / "figures/line.png").unlink()
+    assert beta_sweep.main(beta_sweep.Args(out="line", from_csv=True)) == 0 and (tmp_path / "figures/line.png").exists()
+    with pytest.raises(SystemExit):
+        beta_sweep.main(beta_sweep.Args(episodes=150))
+    assert "--episodes 150: must be a multiple of 100" in capsys.readouterr().err
 
 
 def test_default_place_is_new_and_the_arm_table_is_printed(capsys, tmp_path, monkeypatch):
