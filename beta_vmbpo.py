@@ -22,19 +22,20 @@ Deviations from the paper, each with the flag that goes back to its letter where
  2. A fit has two phases: p learns alone, then q starts at p (parameters, moments) and both see the same minibatches.
     KL(q‖p) is then the tilt alone, where that of independent fits has a floor that no β lowers. Within a fit the rate
     rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the usual 0.999 are still
-    the last fit's when a fit begins, and can make it undo the last. `--fit-rule constant`: as in the paper.
+    the last fit's when a fit begins, and can make it undo that one. `--fit-rule constant`: as in the paper.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
- 4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator matched`: pairs of members.
+ 4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. log β += lr · clip(log(KL/ε)/4, ±1): sign and fixed point of descent on (9), but steady where the KL scatters over
     orders of magnitude. `--dual-step adam`: Adam on (9). ε is 0.001 nats: as q starts at p, all of it is tilt, and less
     tilt was better on two tasks of two. `--kl-budget 0.1`: Table 1.
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
- 7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1, where dying early is optimal;
+ 7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1; to die early then pays;
     `--entropy none`: the policy's standard deviation falls to its floor.
  8. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update, as in C.1, π_κ is
     the actor itself and the KL in (13) has gradient zero: neither has code of its own.
  9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
-    minibatches in the first fit and 200 to 800 in later ones, and MBPO's learning rate 1e-3 for the dynamics, not 3e-4.
+    minibatches in the first fit and 200 to 800 in later ones; dynamics with MBPO's learning rate 1e-3 (not 3e-4), SiLU
+    (not ReLU) and weight decay. q is fitted to rewards too, which nothing uses: r comes from p.
 
     python beta_vmbpo.py --env-id Walker2d-v4
     python beta_vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
@@ -48,7 +49,6 @@ import json
 import math
 import os
 import pkgutil
-import platform
 import signal
 import sys
 import time
@@ -70,7 +70,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # factor on the dynamics' learning rate by the share of a fit that is done
+FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # shares of a fit that are done, factors on its learning rate there
 POSTERIOR_START = 0.5  # share of a fit that p learns alone
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's, by --fit-rule
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
@@ -102,12 +102,12 @@ class Args:
     eval_every: Count = 1_000  # environment steps between evaluations
     eval_episodes: Count = 5  # episodes per trial and evaluation
     max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
-    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, and resuming is exact
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
     run_dir: str = ""  # where the run goes; default runs/ENV_ID/SCRIPT_sSEED_DATE-TIME
-    resume: str = ""  # run directory to continue; only the total, the intervals, device and wandb may change
+    resume: str = ""  # run directory to continue; only how it runs, logs and evaluates may change
     evaluate: str = ""  # run directory whose saved agent is evaluated instead of training
 
     gamma: Fraction = 0.99  # discount factor
@@ -117,7 +117,7 @@ class Args:
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 20  # actor-critic updates per environment step
     target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)/2
-    entropy: Literal["both", "critic", "none"] = "both"  # where the entropy bonus enters, actor and critic or less
+    entropy: Literal["both", "critic", "none"] = "both"  # where the entropy bonus enters; both: actor and critic
     real_ratio: Fraction = 0.05  # share of real transitions in each batch
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     model_buffer_size: Count = 400_000  # imagined transitions kept per trial
@@ -126,21 +126,21 @@ class Args:
     model_dim: Count = 200  # width of the dynamics' hidden layers
     model_layers: Count = 4  # hidden layers of the dynamics
     model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics
-    fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit's rate runs and where q starts (deviation 2)
-    variance_weight: Fraction = 0.0  # predictions count by their variance to this power; 0.5 to 1 for rare rewards
+    fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit proceeds (deviation 2)
+    variance_weight: Fraction = 0.0  # losses count by their variance to this power; 0.5 to 1 for rare rewards
     fit_every: Count = 250  # environment steps between fits
     epochs: Count = 5  # passes over the data per fit
-    min_first_batches: Count = 400  # minibatches of the first fit at least: five passes over a small buffer are too few
-    min_batches: Count = 200  # minibatches of any later fit at least
-    max_batches: Count = 800  # minibatches of a fit at most: beyond 51,000 rows a fit makes fewer than five passes
+    min_first_batches: Count = 400  # least minibatches of the first fit: five passes over a small buffer are too few
+    min_batches: Count = 200  # least minibatches of a later fit
+    max_batches: Count = 800  # most minibatches of a fit: beyond 51,000 rows it makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined at a time
     imagine_every: Count = 250  # environment steps between these times
     horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
     horizon_from: Count = 1  # environment step at which they begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
-    beta: Risk = 100.0  # risk parameter at the start, in units of reward: small is optimistic, ∞ is MBPO
-    kl_estimator: Literal["mixture", "matched"] = "mixture"  # KL of moment-matched ensembles, or mean over members
+    beta: Risk = 100.0  # risk parameter at the start, in units of reward: small is optimistic, ∞ neutral
+    kl_estimator: Literal["mixture", "members"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from imagined rewards, and so from the target in (12)
     kl_budget: Positive = 0.001  # ε: nats per transition by which q may differ from p
     beta_lr: Positive = 0.003  # step of log β per environment step, at most
@@ -225,7 +225,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these are the largest tensors
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # relu in place: the largest tensors
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -300,7 +300,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics would magnify what is rounded
+        low = torch.bfloat16 if args.matmul_precision == "medium" else None  # not the dynamics: they magnify rounding
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=low)
         self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
         self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
@@ -314,8 +314,8 @@ class Agent(nn.Module):
         self.terminator = StackedMLP((trials,), (obs_dim, 64, 64, 1))
         self.inputs, self.targets = Normalizer(trials, obs_dim + action_dim), Normalizer(trials, obs_dim + 1)
         self.states = Normalizer(trials, obs_dim)
-        self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))
-        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
+        self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))  # least, greatest
+        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))  # 1 where an episode has
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
         self.log_beta = nn.Parameter(torch.full((trials, 1, 1), math.log(min(args.beta, BETA_MAX))))
         self.register_buffer("kl", torch.zeros(trials))
@@ -331,7 +331,7 @@ class Agent(nn.Module):
             "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **fit_adam),
             "beta": torch.optim.Adam([self.log_beta], args.beta_lr, **adam),
         }
-        self.learn = captured(self.learn, args)
+        self.learn = captured(self.learn, args)  # with --cuda-graph
 
     @property
     def beta(self):
@@ -357,7 +357,7 @@ class Agent(nn.Module):
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of members over normalised (Δobs, reward): (*members, trials, n, obs_dim + 1)."""
+        """Mean and log-variance of all or some members over normalised (Δobs, reward): (ensemble, trials, n, ·)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -380,8 +380,8 @@ class Agent(nn.Module):
         return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
 
     def model_loss(self, model, batch, weights=1.0):
-        """Negative log-likelihood of one minibatch per member (ensemble, trials, n, ·), each row by its weight."""
-        obs, action, reward, next_obs, *_ = batch  # (ensemble, trials, n, ·)
+        """Gaussian loss of one minibatch per member (ensemble, trials, n, ·), each row by its weight; summed."""
+        obs, action, reward, next_obs, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(model, obs, action)
         nll = (target - mean).square() * (-log_var).exp() + log_var
@@ -407,14 +407,13 @@ class Agent(nn.Module):
         """Let q begin at p, with p's Adam moments."""
         self.posterior_model.load_state_dict(self.model.state_dict())
         for prior, posterior in zip(self.model.parameters(), self.posterior_model.parameters()):
-            moments = self.opts["model"].state[prior]
-            self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in moments.items()}
+            adam_state = self.opts["model"].state[prior]
+            self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in adam_state.items()}
 
     @torch.no_grad()
     def divergence(self, obs):
         """KL(q_φ ‖ p_θ) of the next state, averaged over states and the policy's actions: (trials,)."""
-        action, _ = self.actor.sample(obs)
-        gaussians = []
+        action, gaussians = self.act(obs), []
         for model in (self.posterior_model, self.model):
             mean, log_var = self.moments(model, obs, action, (self.elites, range(len(obs))))  # (elites, trials, n, out)
             var = log_var.exp()
@@ -445,19 +444,19 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def assess(self, buffer, weights):
-        """Choose the elites and measure what the fit has done; returns metrics, each (trials,)."""
+        """Choose the elites, measure the KL and what else the fit has done; returns metrics, each (trials,)."""
         held_out = buffer.rows()[:, ::HOLD_OUT_EVERY]
         held_out = held_out[:, :: math.ceil(held_out.shape[1] / HOLD_OUT_MAX)]
-        obs, action, reward, next_obs, *_ = held_out.split(buffer.widths, -1)
+        obs, action, reward, next_obs, _ = held_out.split(buffer.widths, -1)
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
         posterior_error = (self.moments(self.posterior_model, obs, action)[0] - target).square().mean((-2, -1))
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
-        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)
+        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)  # any rows
         self.kl.copy_(self.divergence(obs))
         imagined_obs, _, imagined_end = self.predict(obs, action)
         gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
-        sample_size = 1 / weights.square().mean((-2, -1))
+        sample_size = 1 / weights.square().mean((-2, -1))  # a share of the rows: 1 where all weigh the same
         return {"model/prior_error": prior_error.mean(0), "model/posterior_error": posterior_error.mean(0),
                 "model/optimism_gap": gap.mean((-2, -1)), "model/effective_sample_size": sample_size,
                 "model/kl": self.kl, "model/beta": self.beta.flatten()}
@@ -469,9 +468,9 @@ class Agent(nn.Module):
         weights = self.transition_weights(buffer)
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
-        least = args.min_batches if self.opts["model"].state else args.min_first_batches
+        least = args.min_batches if self.opts["model"].state else args.min_first_batches  # no state: the first fit
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
-        rate = torch.tensor(args.model_learning_rate, device=args.device)
+        rate = torch.tensor(args.model_learning_rate, device=args.device)  # a tensor: CUDA graphs see it change
         for name in ("model", "posterior_model", "terminator"):
             for group in self.opts[name].param_groups:
                 group["lr"] = rate
@@ -481,8 +480,8 @@ class Agent(nn.Module):
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
             self.descend("model", self.model_loss(self.model, batch))
-            _, _, _, next_obs, terminated, *_ = batch
-            self.descend("terminator", self.termination_loss(next_obs[0], terminated[0]))
+            *_, next_obs, terminated = batch
+            self.descend("terminator", self.termination_loss(next_obs[0], terminated[0]))  # the first member's rows
             if posterior:
                 weight = weights[buffer.trial, rows]
                 self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
@@ -505,14 +504,15 @@ class Agent(nn.Module):
         horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (1, args.horizon)))
         obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
         for _ in range(horizon):
-            action = torch.cat([self.actor.sample(o)[0] for o in obs.split(10_000, 1)], 1)  # for smaller temporaries
-            next_obs, reward, terminated = self.predict(obs, action)
-            model_buffer.add(obs, action, reward, next_obs, terminated)
+            action = torch.cat([self.act(o) for o in obs.split(10_000, 1)], 1)  # for smaller temporaries
+            next_obs, reward, end_prob = self.predict(obs, action)
+            model_buffer.add(obs, action, reward, next_obs, end_prob)
             if horizon > 1:  # a branch that ended starts again from a replayed state
                 fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
-                obs = torch.where(torch.rand_like(terminated) < terminated, fresh, next_obs)
+                obs = torch.where(torch.rand_like(end_prob) < end_prob, fresh, next_obs)
 
     def actor_loss(self, obs):
+        """Losses of the actor and of α, and the log-probabilities of its actions."""
         action, log_prob = self.actor.sample(obs)
         q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
         loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
@@ -541,16 +541,16 @@ class Agent(nn.Module):
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
                 "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.detach().exp().flatten()}
 
+    @torch.no_grad()
     def update_beta(self):
-        """Dual descent on log β: it rises, towards p, while KL > ε, and falls while there is budget left."""
+        """Dual descent on log β: it rises, towards p, while the last fit's KL > ε, and falls while it is below."""
         kl, budget = self.kl.view(-1, 1, 1), self.args.kl_budget
         if self.args.dual_step == "adam":
-            self.log_beta.grad = -self.beta * (kl - budget)  # eq. (9)
+            self.log_beta.grad = self.beta * (budget - kl)  # eq. (9)
             self.opts["beta"].step()
-        with torch.no_grad():
-            if self.args.dual_step == "log":
-                self.log_beta += self.args.beta_lr * ((kl / budget).clamp(min=1e-12).log() / 4).clamp(-1, 1)  # eq. (9)
-            self.log_beta.clamp_(math.log(BETA_MIN), math.log(BETA_MAX))
+        else:
+            self.log_beta += self.args.beta_lr * ((kl / budget).clamp(min=1e-12).log() / 4).clamp(-1, 1)  # deviation 5
+        self.log_beta.clamp_(math.log(BETA_MIN), math.log(BETA_MAX))
 
 
 def train(args):
@@ -607,13 +607,13 @@ SCRIPT = Path(__file__).stem
 RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
              "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
-if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
+if hasattr(ctypes.CDLL(None), "mallopt"):  # keep freed memory: mapping it anew costs up to a quarter of an update
     ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
     ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
 
 
-def make_envs(args, num_envs):
-    """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
+def make_envs(args, n):
+    """n environments with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if args.env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
 
@@ -623,36 +623,38 @@ def make_envs(args, num_envs):
         span = space.high - space.low if vector else np.zeros(0)
         if not span.size or not np.all((span > 0) & (span < np.inf)):
             raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
-        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))
+        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))  # wrap: of active VEM
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    vector = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=vector, wrappers=[wrap], **render)
+    return gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, wrappers=[wrap], **render)
 
 
 class Run:
     """What surrounds the algorithm: steps and episodes, as columns (trials, 1, ·), signals, metrics, checkpoints."""
 
     def __init__(self, args, agent, envs, buffers):
-        self.args, self.agent, self.envs, self.buffers, self.dir = args, agent, envs, buffers, Path(args.run_dir)
+        self.args, self.agent, self.buffers, self.dir = args, agent, buffers, Path(args.run_dir)
+        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
         self.eval_envs = make_envs(args, args.trials * args.eval_episodes)
         self.now = load(args, agent, buffers) if args.resume else 0
         if self.now >= args.total_steps:
             fail(f"--total-steps {args.total_steps}: the run is at step {self.now} already")
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         rows = read_metrics(args)
+        with refusing(f"--wandb {args.wandb}"):
+            self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
+                project=args.wandb_project, dir=self.dir, mode=args.wandb, config=vars(args))
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume or self.wandb))
         with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
             rows, names = rows[rows["step"] <= self.now], ",".join(rows.dtype.names)
             np.savetxt(path, rows, "%d,%d,%s,%.6g", header=names, comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
-        self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
-            project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
         say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, from step {self.now:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
-        self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
+        self.over, self.stop, self.result = False, [], "not evaluated"
+        self.timed = self.now, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # nohup wants the run to go on
                 signal.signal(signum, lambda number, _: self.stop.append(number))
@@ -660,16 +662,15 @@ class Run:
 
     def reset(self):
         """Begin new episodes, as a resumed run does."""
-        seeds = [self.args.seed + i + self.now for i in range(self.args.trials)]
-        self.obs, self.restart = self.column(self.envs.reset(seed=seeds)[0]), self.now
-        self.returns, self.lengths = np.zeros(self.args.trials), np.zeros(self.args.trials)
+        obs, _ = self.envs.reset(seed=self.args.seed + self.now)  # trial i: and i more
+        self.obs, self.restart = self.column(obs), self.now
 
     def column(self, x):
         return torch.as_tensor(x, dtype=torch.float32, device=self.args.device).view(self.args.trials, 1, -1)
 
     def steps(self):
         """The environment steps that are left; a signal ends them, and then the process."""
-        while self.now < self.args.total_steps and not self.stop:
+        while not self.over:
             self.now += 1
             yield self.now
         say(f"{self.dir}: {self.result} at step {self.now:,}")
@@ -685,18 +686,17 @@ class Run:
     def step(self, action):
         """Act in all trials; returns obs, reward, next_obs (an episode's last where one ended) and terminated."""
         obs, action = self.obs, action[:, 0].cpu().numpy()
-        next_obs, reward, terminated, truncated, infos = self.envs.step(action)
-        ended, last_obs = terminated | truncated, next_obs.copy()
-        for trial in np.flatnonzero(ended):
-            last_obs[trial] = infos["final_obs"][trial]
-        for name, x in (("action", action), ("observation", next_obs), ("observation", last_obs), ("reward", reward)):
+        obs_after, reward, terminated, truncated, infos = self.envs.step(action)
+        next_obs, ended = obs_after.copy(), np.flatnonzero(terminated | truncated)
+        for trial in ended:
+            next_obs[trial] = infos["final_obs"][trial]
+        for name, x in (("action", action), ("observation", obs_after), ("observation", next_obs), ("reward", reward)):
             if not np.all(np.abs(x) <= np.finfo(np.float32).max):
                 fail(f"step {self.now}: the {name} is not a finite float32; the last checkpoint stays", code=1)
-        self.obs, self.returns, self.lengths = self.column(next_obs), self.returns + reward, self.lengths + 1
-        if ended.any():
-            self.log({"train/return": self.returns, "train/length": self.lengths}, np.flatnonzero(ended))
-        self.returns, self.lengths = self.returns * ~ended, self.lengths * ~ended
-        return obs, self.column(reward), self.column(last_obs), self.column(terminated)
+        self.obs = self.column(obs_after)
+        if len(ended):
+            self.log({"train/return": infos["episode"]["r"], "train/length": infos["episode"]["l"]}, ended)
+        return obs, self.column(reward), self.column(next_obs), self.column(terminated)
 
     def log(self, metrics, trials=None):
         """metrics: name -> values per trial, of which those of `trials` are logged; -1 stands for all together."""
@@ -719,23 +719,23 @@ class Run:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
             self.log(metrics)
             self.log({"time/sps": np.array([(self.now - step) / (self.timed[1] - before)])}, [-1])
-        if self.now % args.save_every == 0 or last or self.stop:
+        self.over = last or bool(self.stop)  # looked at once: what ends the run is saved
+        if self.now % args.save_every == 0 or self.over:
             for name, parameter in self.agent.named_parameters():
                 if not parameter.isfinite().all():
                     fail(f"step {self.now}: {name} is not finite; the last checkpoint stays", code=1)
             save(args, self.now, self.agent, self.buffers)
             draw(args)
             self.reset()
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            self.bar.set_postfix_str(self.result, refresh=False)
-            self.bar.update()
+        self.bar.set_postfix_str(self.result, refresh=False)
+        self.bar.update()
 
 
 def set_precision(args):
-    """At medium, what is float32 takes oneDNN's products: exact without AMX, and on AMD twice as fast as MKL's."""
+    """At medium float32 products stay exact. PyTorch's own medium is exact without AMX, and faster than its highest."""
     rounds = args.device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
-    exact = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
-    torch.set_float32_matmul_precision(exact)
+    precision = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
+    torch.set_float32_matmul_precision(precision)
 
 
 def captured(function, args):
@@ -758,8 +758,7 @@ def read_metrics(args):
     """metrics.csv as a structured array, without a last line that a killed process has left unfinished."""
     path, kind = Path(args.run_dir, "metrics.csv"), [("step", int), ("trial", int), ("metric", "U99"), ("value", float)]
     with refusing(path):
-        text = path.read_text() if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()[1:]
+        lines = path.read_text().split("\n")[1:-1] if path.exists() else []
         return np.loadtxt(lines, kind, delimiter=",", ndmin=1) if lines else np.empty(0, kind)
 
 
@@ -782,18 +781,16 @@ def save(args, step, agent, buffers):
     state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
              "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
              "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
-    with replacing(Path(args.run_dir, "checkpoint.pt")) as path:
-        try:
-            torch.save(state, path)
-        except RuntimeError as error:  # torch's word for a disk that is full
-            raise OSError(f"{args.run_dir}/checkpoint.pt cannot be written: {error}") from error
+    path = Path(args.run_dir, "checkpoint.pt")
+    with refusing(path, code=1), replacing(path) as beside:  # of a full disk torch says RuntimeError
+        torch.save(state, beside)
 
 
 def load(args, agent, buffers=()):
     """Read checkpoint.pt into the agent and the buffers; returns the environment step it was taken at."""
     path = Path(args.run_dir, "checkpoint.pt")
     with refusing(path):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load checks no checksums
             raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
@@ -823,18 +820,19 @@ def fail(message, code=2):
 
 
 @contextlib.contextmanager
-def refusing(what):
+def refusing(what, code=2):
     """Whatever is wrong inside (a file, a device, a user's environment) becomes one line that begins with `what`."""
     try:
         yield
     except Exception as error:
-        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).splitlines()[:2])}")  # of many wrong keys the first
+        reason = " ".join(str(error).splitlines()[:2])  # of wrong keys only the first
+        fail(f"{what}: {type(error).__name__}: {reason}", code)
 
 
-def wrong_values(args):
-    """(flag, what it allows) of every value that is not of its flag's type or beyond its limits."""
-    for field in dataclasses.fields(args):
-        value, kind, limits = getattr(args, field.name), type(field.default), (-math.inf, math.inf)
+def wrong_values(values):
+    """(flag, what it allows) of every value that is not of its flag's type or is beyond its limits."""
+    for field in dataclasses.fields(Args):
+        value, kind, limits = values[field.name], type(field.default), (-math.inf, math.inf)
         if get_origin(field.type) is Annotated:
             kind, limits = get_args(field.type)
         if not isinstance(value, kind):
@@ -850,16 +848,14 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            known = {name: values.pop(name) for name in dataclasses.asdict(args)}
-            saved = Args(**known, **values)  # which refuses values of unknown names
-            for name, rule in wrong_values(saved):
-                raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
-            saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
+            saved = Args(**values | {"run_dir": run_dir, "resume": "", "evaluate": ""})  # refuses unknown names
+            for name, rule in wrong_values(values):  # and missing ones
+                raise ValueError(f"{name} {values[name]}: {rule}")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in dataclasses.asdict(args).keys() - RESUMABLE:
             if getattr(args, name) != getattr(saved, name):
                 fail(f"--{name.replace('_', '-')}: differs from the saved run's, {getattr(saved, name)}")
-    for name, rule in (*wrong_values(args), *args.conflicts()):
+    for name, rule in (*wrong_values(vars(args)), *args.conflicts()):
         fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     if args.total_steps < args.learning_starts:
         fail(f"--total-steps {args.total_steps}: must be at least --learning-starts")
@@ -882,10 +878,6 @@ def parse_args(argv=None):
             importlib.import_module("moviepy")
             envs.reset(seed=args.seed)
             envs.render()
-    with refusing(f"--wandb {args.wandb}"):
-        wandb = args.wandb != "disabled" and importlib.import_module("wandb")
-        if args.wandb == "online":
-            wandb.login()
     need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):

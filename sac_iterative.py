@@ -45,7 +45,6 @@ import importlib
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -91,12 +90,12 @@ class Args:
     eval_every: Count = 10_000  # environment steps between evaluations
     eval_episodes: Count = 5  # episodes per trial and evaluation
     max_eval_steps: Count = 10_000  # steps after which an evaluation's episode is cut off
-    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there, and resuming is exact
+    save_every: Count = 10_000  # environment steps between checkpoints; episodes restart there
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # Weights & Biases; offline needs no account
     wandb_project: str = "rl-as-inference"  # Weights & Biases project
     capture_video: bool = False  # with --evaluate: write an mp4 of the first episode
     run_dir: str = ""  # where the run goes; default runs/ENV_ID/SCRIPT_sSEED_DATE-TIME
-    resume: str = ""  # run directory to continue; only the total, the intervals, device and wandb may change
+    resume: str = ""  # run directory to continue; only how it runs, logs and evaluates may change
     evaluate: str = ""  # run directory whose saved agent is evaluated instead of training
 
     gamma: Fraction = 0.99  # discount factor
@@ -187,7 +186,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these are the largest tensors
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # relu in place: the largest tensors
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -260,7 +259,7 @@ class Agent(nn.Module):
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
         }
-        self.learn = captured(self.learn, args)
+        self.learn = captured(self.learn, args)  # with --cuda-graph
 
     @torch.no_grad()
     def act(self, obs, deterministic=False, iters=None):
@@ -418,13 +417,13 @@ SCRIPT = Path(__file__).stem
 RESUMABLE = {"total_steps", "device", "matmul_precision", "cuda_graph", "log_every", "eval_every", "eval_episodes",
              "max_eval_steps", "wandb", "wandb_project", "resume", "evaluate", "capture_video"}
 warnings.filterwarnings("ignore", message=".*(is out of date|precision lowered).*")  # the papers' tasks are -v4
-if platform.libc_ver()[0] == "glibc":  # keep freed memory: to map it anew costs up to a quarter of an update
+if hasattr(ctypes.CDLL(None), "mallopt"):  # keep freed memory: mapping it anew costs up to a quarter of an update
     ctypes.CDLL(None).mallopt(-1, 2**30)  # threshold of trimming
     ctypes.CDLL(None).mallopt(-3, 2**25)  # threshold of mmap
 
 
-def make_envs(args, num_envs):
-    """Vector environment with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
+def make_envs(args, n):
+    """n environments with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if args.env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
 
@@ -434,36 +433,38 @@ def make_envs(args, num_envs):
         span = space.high - space.low if vector else np.zeros(0)
         if not span.size or not np.all((span > 0) & (span < np.inf)):
             raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
-        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))
+        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))  # wrap: of active VEM
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
-    vector = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs=vector, wrappers=[wrap], **render)
+    return gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, wrappers=[wrap], **render)
 
 
 class Run:
     """What surrounds the algorithm: steps and episodes, as columns (trials, 1, ·), signals, metrics, checkpoints."""
 
     def __init__(self, args, agent, envs, buffers):
-        self.args, self.agent, self.envs, self.buffers, self.dir = args, agent, envs, buffers, Path(args.run_dir)
+        self.args, self.agent, self.buffers, self.dir = args, agent, buffers, Path(args.run_dir)
+        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
         self.eval_envs = make_envs(args, args.trials * args.eval_episodes)
         self.now = load(args, agent, buffers) if args.resume else 0
         if self.now >= args.total_steps:
             fail(f"--total-steps {args.total_steps}: the run is at step {self.now} already")
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         rows = read_metrics(args)
+        with refusing(f"--wandb {args.wandb}"):
+            self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
+                project=args.wandb_project, dir=self.dir, mode=args.wandb, config=vars(args))
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume or self.wandb))
         with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
             rows, names = rows[rows["step"] <= self.now], ",".join(rows.dtype.names)
             np.savetxt(path, rows, "%d,%d,%s,%.6g", header=names, comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
-        self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
-            project=args.wandb_project, dir=self.dir, mode=args.wandb, config=dataclasses.asdict(args))
         say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, from step {self.now:,}")
         self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
-        self.stop, self.result, self.timed = [], "not evaluated", (self.now, time.perf_counter())
+        self.over, self.stop, self.result = False, [], "not evaluated"
+        self.timed = self.now, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # nohup wants the run to go on
                 signal.signal(signum, lambda number, _: self.stop.append(number))
@@ -471,16 +472,15 @@ class Run:
 
     def reset(self):
         """Begin new episodes, as a resumed run does."""
-        seeds = [self.args.seed + i + self.now for i in range(self.args.trials)]
-        self.obs, self.restart = self.column(self.envs.reset(seed=seeds)[0]), self.now
-        self.returns, self.lengths = np.zeros(self.args.trials), np.zeros(self.args.trials)
+        obs, _ = self.envs.reset(seed=self.args.seed + self.now)  # trial i: and i more
+        self.obs, self.restart = self.column(obs), self.now
 
     def column(self, x):
         return torch.as_tensor(x, dtype=torch.float32, device=self.args.device).view(self.args.trials, 1, -1)
 
     def steps(self):
         """The environment steps that are left; a signal ends them, and then the process."""
-        while self.now < self.args.total_steps and not self.stop:
+        while not self.over:
             self.now += 1
             yield self.now
         say(f"{self.dir}: {self.result} at step {self.now:,}")
@@ -496,18 +496,17 @@ class Run:
     def step(self, action):
         """Act in all trials; returns obs, reward, next_obs (an episode's last where one ended) and terminated."""
         obs, action = self.obs, action[:, 0].cpu().numpy()
-        next_obs, reward, terminated, truncated, infos = self.envs.step(action)
-        ended, last_obs = terminated | truncated, next_obs.copy()
-        for trial in np.flatnonzero(ended):
-            last_obs[trial] = infos["final_obs"][trial]
-        for name, x in (("action", action), ("observation", next_obs), ("observation", last_obs), ("reward", reward)):
+        obs_after, reward, terminated, truncated, infos = self.envs.step(action)
+        next_obs, ended = obs_after.copy(), np.flatnonzero(terminated | truncated)
+        for trial in ended:
+            next_obs[trial] = infos["final_obs"][trial]
+        for name, x in (("action", action), ("observation", obs_after), ("observation", next_obs), ("reward", reward)):
             if not np.all(np.abs(x) <= np.finfo(np.float32).max):
                 fail(f"step {self.now}: the {name} is not a finite float32; the last checkpoint stays", code=1)
-        self.obs, self.returns, self.lengths = self.column(next_obs), self.returns + reward, self.lengths + 1
-        if ended.any():
-            self.log({"train/return": self.returns, "train/length": self.lengths}, np.flatnonzero(ended))
-        self.returns, self.lengths = self.returns * ~ended, self.lengths * ~ended
-        return obs, self.column(reward), self.column(last_obs), self.column(terminated)
+        self.obs = self.column(obs_after)
+        if len(ended):
+            self.log({"train/return": infos["episode"]["r"], "train/length": infos["episode"]["l"]}, ended)
+        return obs, self.column(reward), self.column(next_obs), self.column(terminated)
 
     def log(self, metrics, trials=None):
         """metrics: name -> values per trial, of which those of `trials` are logged; -1 stands for all together."""
@@ -530,23 +529,23 @@ class Run:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
             self.log(metrics)
             self.log({"time/sps": np.array([(self.now - step) / (self.timed[1] - before)])}, [-1])
-        if self.now % args.save_every == 0 or last or self.stop:
+        self.over = last or bool(self.stop)  # looked at once: what ends the run is saved
+        if self.now % args.save_every == 0 or self.over:
             for name, parameter in self.agent.named_parameters():
                 if not parameter.isfinite().all():
                     fail(f"step {self.now}: {name} is not finite; the last checkpoint stays", code=1)
             save(args, self.now, self.agent, self.buffers)
             draw(args)
             self.reset()
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            self.bar.set_postfix_str(self.result, refresh=False)
-            self.bar.update()
+        self.bar.set_postfix_str(self.result, refresh=False)
+        self.bar.update()
 
 
 def set_precision(args):
-    """At medium, what is float32 takes oneDNN's products: exact without AMX, and on AMD twice as fast as MKL's."""
+    """At medium float32 products stay exact. PyTorch's own medium is exact without AMX, and faster than its highest."""
     rounds = args.device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
-    exact = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
-    torch.set_float32_matmul_precision(exact)
+    precision = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
+    torch.set_float32_matmul_precision(precision)
 
 
 def captured(function, args):
@@ -569,8 +568,7 @@ def read_metrics(args):
     """metrics.csv as a structured array, without a last line that a killed process has left unfinished."""
     path, kind = Path(args.run_dir, "metrics.csv"), [("step", int), ("trial", int), ("metric", "U99"), ("value", float)]
     with refusing(path):
-        text = path.read_text() if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()[1:]
+        lines = path.read_text().split("\n")[1:-1] if path.exists() else []
         return np.loadtxt(lines, kind, delimiter=",", ndmin=1) if lines else np.empty(0, kind)
 
 
@@ -593,18 +591,16 @@ def save(args, step, agent, buffers):
     state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
              "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
              "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
-    with replacing(Path(args.run_dir, "checkpoint.pt")) as path:
-        try:
-            torch.save(state, path)
-        except RuntimeError as error:  # torch's word for a disk that is full
-            raise OSError(f"{args.run_dir}/checkpoint.pt cannot be written: {error}") from error
+    path = Path(args.run_dir, "checkpoint.pt")
+    with refusing(path, code=1), replacing(path) as beside:  # of a full disk torch says RuntimeError
+        torch.save(state, beside)
 
 
 def load(args, agent, buffers=()):
     """Read checkpoint.pt into the agent and the buffers; returns the environment step it was taken at."""
     path = Path(args.run_dir, "checkpoint.pt")
     with refusing(path):
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load checks no checksums
             raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if (state["script"], state["env_id"]) != (SCRIPT, args.env_id):
@@ -634,18 +630,19 @@ def fail(message, code=2):
 
 
 @contextlib.contextmanager
-def refusing(what):
+def refusing(what, code=2):
     """Whatever is wrong inside (a file, a device, a user's environment) becomes one line that begins with `what`."""
     try:
         yield
     except Exception as error:
-        fail(f"{what}: {type(error).__name__}: {' '.join(str(error).splitlines()[:2])}")  # of many wrong keys the first
+        reason = " ".join(str(error).splitlines()[:2])  # of wrong keys only the first
+        fail(f"{what}: {type(error).__name__}: {reason}", code)
 
 
-def wrong_values(args):
-    """(flag, what it allows) of every value that is not of its flag's type or beyond its limits."""
-    for field in dataclasses.fields(args):
-        value, kind, limits = getattr(args, field.name), type(field.default), (-math.inf, math.inf)
+def wrong_values(values):
+    """(flag, what it allows) of every value that is not of its flag's type or is beyond its limits."""
+    for field in dataclasses.fields(Args):
+        value, kind, limits = values[field.name], type(field.default), (-math.inf, math.inf)
         if get_origin(field.type) is Annotated:
             kind, limits = get_args(field.type)
         if not isinstance(value, kind):
@@ -661,16 +658,14 @@ def parse_args(argv=None):
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
             values = json.loads(Path(run_dir, "args.json").read_text())
-            known = {name: values.pop(name) for name in dataclasses.asdict(args)}
-            saved = Args(**known, **values)  # which refuses values of unknown names
-            for name, rule in wrong_values(saved):
-                raise ValueError(f"{name} {getattr(saved, name)}: {rule}")
-            saved = dataclasses.replace(saved, run_dir=run_dir, resume="", evaluate="")
+            saved = Args(**values | {"run_dir": run_dir, "resume": "", "evaluate": ""})  # refuses unknown names
+            for name, rule in wrong_values(values):  # and missing ones
+                raise ValueError(f"{name} {values[name]}: {rule}")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in dataclasses.asdict(args).keys() - RESUMABLE:
             if getattr(args, name) != getattr(saved, name):
                 fail(f"--{name.replace('_', '-')}: differs from the saved run's, {getattr(saved, name)}")
-    for name, rule in (*wrong_values(args), *args.conflicts()):
+    for name, rule in (*wrong_values(vars(args)), *args.conflicts()):
         fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     if args.total_steps < args.learning_starts:
         fail(f"--total-steps {args.total_steps}: must be at least --learning-starts")
@@ -693,10 +688,6 @@ def parse_args(argv=None):
             importlib.import_module("moviepy")
             envs.reset(seed=args.seed)
             envs.render()
-    with refusing(f"--wandb {args.wandb}"):
-        wandb = args.wandb != "disabled" and importlib.import_module("wandb")
-        if args.wandb == "online":
-            wandb.login()
     need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):

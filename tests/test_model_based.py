@@ -183,7 +183,7 @@ def test_variance_weight(script, power, monkeypatch):
     torch.testing.assert_close(log_var.grad.sign(), rests)
 
 
-@pytest.mark.parametrize("estimator", ["mixture", "matched"])
+@pytest.mark.parametrize("estimator", ["mixture", "members"])
 def test_divergence_against_distributions(estimator):
     """Summed over the dimensions of the state, without the reward, averaged over states (and pairs of members)."""
     agent, buffer, _ = build(BETA, kl_estimator=estimator, trials=2, beta=0.01, epochs=10)

@@ -382,6 +382,21 @@ def test_signal_saves_and_exits(name, row, tmp_path, monkeypatch):
     assert checkpoint("run")["step"] == 60
 
 
+def test_signal_between_two_steps_is_saved_too(monkeypatch):
+    """It comes after step 30 was found in no need of a save: the run makes one more step, and saves that."""
+    script = SCRIPTS["sac_iterative"]
+
+    class Bar(script.tqdm):
+        def update(self, n=1):
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(script, "tqdm", Bar)
+    assert run("sac_iterative", env_id="tiny_envs:Counter-v0", run_dir="run").code == 128 + signal.SIGTERM
+    assert checkpoint("run")["step"] == 31
+
+
 @every_script
 def test_evaluation_that_never_ends(name, monkeypatch):
     """A task without an end is cut off at --max-eval-steps, and by a signal, which leaves no half evaluation behind."""
