@@ -4,7 +4,7 @@ All that knows how the training scripts are called from outside is in here: `loa
 """
 
 import csv
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -13,10 +13,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OUT = HERE  # where results/ and figures/ are
-sys.path.append(str(ROOT))  # for --env-id benchmarks.tasks:EnvId
+sys.path += [str(ROOT), str(ROOT / "baselines")]  # for the scripts, and for --env-id benchmarks.tasks:EnvId
 
 
 def fail(message, code=2):
@@ -34,11 +36,10 @@ def say(text):
 
 
 def at_least(args, **least):
-    """Refuse numbers, or tuples of them, that are too small, by the flag's name."""
+    """Refuse numbers that are too small, by the flag's name."""
     for name, low in least.items():
-        value = getattr(args, name)
-        if min(value if isinstance(value, tuple) else (value,), default=low) < low:
-            fail(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+        if getattr(args, name) < low:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
 
 
 def commit():
@@ -52,12 +53,7 @@ def commit():
 
 def load_script(name):
     """A training script as a module, by its file's name without .py."""
-    if name not in sys.modules:
-        path = next(path for folder in (ROOT, ROOT / "baselines") if (path := folder / f"{name}.py").exists())
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return importlib.import_module(name)
 
 
 def build(name, **flags):
@@ -152,11 +148,11 @@ def publish(name, rows, draw, size, title=""):
     if rows is not None:
         write(name, rows)
     figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title or name)
     try:
         lines = [*draw(read(name), figure)]
     except KeyError as error:
         fail(f"--from-csv: {name}.csv has no column {error}; it is of another experiment")
-    figure.suptitle(title or name)
     figure.savefig(OUT / f"figures/{name}.png", dpi=120)
     for line in (*lines, OUT / f"results/{name}.csv", OUT / f"figures/{name}.png"):
         say(line)
@@ -170,6 +166,15 @@ def group(rows, *columns):
         key = tuple(row[column] for column in columns)
         groups[key if len(columns) > 1 else key[0]].append(row)
     return groups
+
+
+def curve(rows, by="step", name="value"):
+    """Steps (n,), or another whole number, and values (n, trials) of one line, as far as all of its trials go."""
+    found = group(rows, by)
+    most = max(len(at) for at in found.values())
+    steps = sorted((step for step, at in found.items() if len(at) == most), key=int)
+    values = [[float(row[name]) for row in found[step]] for step in steps]
+    return np.array([int(step) for step in steps]), np.array(values)
 
 
 def band(axis, x, middle, low, high, **style):

@@ -20,7 +20,7 @@ from typing import Literal
 import grid
 import numpy as np
 import tyro
-from common import band, fail, group, labelled, metrics_of, publish, read
+from common import band, curve, fail, group, labelled, metrics_of, publish
 
 LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_error"}
 NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted return", "model/beta": "β",
@@ -52,8 +52,6 @@ class Args:
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
     task: str = ""  # draw all runs in one panel under this name; default: one per task
-    reference: str = ""  # a task whose published points are drawn behind the return; default: the runs' own task
-    budget: float = 0.0  # a line at this KL
     solved: float | None = None  # tell at which steps the trials first return as much, and which return less again
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
@@ -89,14 +87,6 @@ def collect(args):
                     yield {"task": task, "label": label, "step": step, "trial": trials[task, label] + trial,
                            "metric": metric, "value": f"{value:.5g}"}
         trials[task, label] += 1 + max((row[1] for rows in curves.values() for row in rows), default=-1)
-
-
-def curve(rows):
-    """Steps (s,) and values (s, trials) of one line, as far as all of its trials go."""
-    found = group(rows, "step")
-    most = max(len(rows) for rows in found.values())
-    steps = sorted((int(step) for step, rows in found.items() if len(rows) == most))
-    return np.array(steps), np.array([[float(row["value"]) for row in found[str(step)]] for step in steps])
 
 
 def spread(values, aggregate):
@@ -135,10 +125,8 @@ def draw_panel(args, axis, rows, task, metric, labels):
     axis.set_yscale("log" if metric in LOG_METRICS else "linear")
     trials = {draw_line(args, axis, lines[label], label=label, color=f"C{i}", linestyle="-" if i < 10 else "--")
               for i, label in enumerate(labels) if label in lines}
-    if metric == "model/kl" and args.budget:
-        axis.axhline(args.budget, color="black", linestyle=":", linewidth=1)
     if metric == "eval/return":
-        draw_published(axis, args.reference or task, max(int(row["step"]) for row in rows))
+        draw_published(axis, task, max(int(row["step"]) for row in rows))
     what = {"mean": "mean ± one standard deviation", "iqm": "interquartile mean, 95 % interval"}[args.aggregate]
     what = f"geometric {what}" if metric in LOG_METRICS else what
     counts = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
@@ -147,7 +135,6 @@ def draw_panel(args, axis, rows, task, metric, labels):
 
 
 def draw(args, rows, figure):
-    rows = [{"task": ""} | row for row in rows]  # the oldest tables have no such column
     found = group(rows, "task", "metric")
     tasks, labels, metrics = ([*group(rows, column)] for column in ("task", "label", "metric"))
     metrics = [metric for metric in args.metrics or metrics if metric in metrics]
@@ -165,6 +152,8 @@ def draw(args, rows, figure):
     for axis in axes[len(panels) :]:
         axis.remove()
     axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
+    if len(tasks) == 1 and not args.title:
+        figure.suptitle(f"{args.name}, {tasks[0]}".removesuffix(", "))
     for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
         yield f"{task} {label}: {tell(rows, args.solved)}".lstrip()
 
@@ -196,21 +185,17 @@ def tell(rows, solved=None):
 
 
 def main(args):
-    name = args.name or args.experiment
-    if not name:
+    args.name = args.name or args.experiment
+    if not args.name:
         fail("--name: needed, for the csv and the figure")
-    if args.reference and args.reference not in PUBLISHED:
-        fail(f"--reference {args.reference}: known are {', '.join(PUBLISHED)}")
     if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
         fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
     if not args.from_csv:
-        args = dataclasses.replace(args, metrics=args.metrics or ("eval/return",))
+        args.metrics = args.metrics or ("eval/return",)
     rows = None if args.from_csv else [*collect(args)]
     if rows == []:
         fail(f"--metrics {' '.join(args.metrics)}: none of the runs has logged it")
-    tasks = {row.get("task", "") for row in rows or read(name)}
-    title = args.title or (f"{name}, {tasks.pop()}" if len(tasks) == 1 else name).removesuffix(", ")
-    return publish(name, rows, lambda rows, figure: draw(args, rows, figure), (6, 4), title)
+    return publish(args.name, rows, lambda rows, figure: draw(args, rows, figure), (6, 4), args.title)
 
 
 if __name__ == "__main__":

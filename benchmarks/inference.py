@@ -4,8 +4,7 @@
     python benchmarks/inference.py gap --total-steps 5000 --flags="--env-id Pendulum-v1 --trials 3"
 
 Figures and equations are those of Marino, Piché and Yue, "On the Design of Variational RL Algorithms". Each command
-writes benchmarks/results/NAME.csv and benchmarks/figures/NAME.png, where NAME is --out or inference_EXPERIMENT_ENV;
-`--from-csv --out NAME` draws the figure again without the runs.
+writes benchmarks/results/NAME.csv and benchmarks/figures/NAME.png, where NAME is --out or inference_EXPERIMENT_ENV.
 
 J̃ is always the script's own objective (16), with the run's prior, pessimism, α and online critics. It is estimated
 with common random numbers: one fixed draw per state, the same for every λ, which the inference itself never sees. In
@@ -19,19 +18,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import common
 import numpy as np
 import torch
 import tyro
-from common import ROOT, at_least, band, fail, group, load_script, publish, run_args
+from common import ROOT, at_least, band, curve, fail, group, load_script, open_run, publish, run_args
 
 SAC = load_script("sac_iterative")
-ROWS = 2**15  # actions that the critics judge at a time: bounds the memory, not the result
+ROWS = 2**15  # actions that the critics judge at a time in `estimate`: bounds the memory, not the result
 
 
 # J̃ and its inference
@@ -44,46 +41,24 @@ def common_noise(obs, samples, action_dim, seed):
     return torch.randn(shape, generator=generator, dtype=obs.dtype).to(obs.device)
 
 
-def parts(obs, samples):
-    """Slices of the states, of about ROWS actions each."""
-    size = max(1, ROWS // (obs.shape[0] * samples))
-    return [slice(start, start + size) for start in range(0, obs.shape[1], size)]
-
-
 @torch.no_grad()
 def estimate(agent, obs, params, noise):
     """J̃ (trials, n) at λ, eq. (16)."""
-    value = lambda part: agent.objective(agent.critic, obs[:, part], params[:, part], noise[:, :, part])[0]
-    return torch.cat([value(part) for part in parts(obs, noise.shape[1])], 1)[..., 0]
+    size, values = max(1, ROWS // (obs.shape[0] * noise.shape[1])), []
+    for start in range(0, obs.shape[1], size):
+        part = slice(start, start + size)
+        values.append(agent.objective(agent.critic, obs[:, part], params[:, part], noise[:, :, part])[0])
+    return torch.cat(values, 1)[..., 0]
 
 
-def gradient(agent, obs, params, noise=None):
-    """∇J̃ shaped like params, and J̃ (trials, n); on fresh noise, as in training, unless it is given."""
-    if noise is None:
-        noise = agent.noise(obs, agent.args.action_samples)
-    at = lambda part: agent.gradient(obs[:, part], params[:, part], noise[:, :, part])
-    grads, values, _ = zip(*(at(part) for part in parts(obs, noise.shape[1])))
-    return torch.cat(grads, 1), torch.cat(values, 1)[..., 0]
-
-
-@torch.no_grad()
-def learned(agent, obs, iters, start=None):
-    """λ_0 = start (by default the prior), ..., λ_K of the network: (iters + 1, trials, n, 2, action_dim)."""
-    trace = [agent.prior.expand(*obs.shape[:2], -1, -1) if start is None else start]
-    for _ in range(iters):
-        grad = gradient(agent, obs, trace[-1])[0] if agent.iterative else None
-        trace.append(agent.actor(obs, trace[-1], grad)[0])  # eq. (15)
-    return torch.stack(trace)
-
-
-def adam(agent, obs, start, steps, rate, noise=None):
-    """λ_0, ..., λ_steps (as `learned`) of Adam on the λ of each state, and J̃ on the noise it climbed."""
+def adam(agent, obs, start, steps, rate, noise):
+    """λ_0, ..., λ_steps (steps + 1, trials, n, 2, action_dim) of Adam on the λ of each state, and their J̃."""
     params, trace, values = start.clone(), [], []
     opt = torch.optim.Adam([params], rate)
     for _ in range(steps + 1):
-        grad, value = gradient(agent, obs, params, noise)
+        grad, value, _ = agent.gradient(obs, params, noise)
         trace.append(params.clone())
-        values.append(value)
+        values.append(value[..., 0])
         params.grad = -grad
         opt.step()
         params[..., 1, :].clamp_(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)  # as the network's proposals
@@ -94,21 +69,6 @@ def best(trace, values):
     """Per state, the best λ of a trace (steps, trials, n, 2, action_dim) and its J̃ (trials, n)."""
     value, index = values.max(0)
     return trace.gather(0, index[None, ..., None, None].expand(1, *trace.shape[1:]))[0], value
-
-
-# Runs
-
-
-def open_run(run, device, seed):
-    """Agent, flags and replay buffer of a run of the script."""
-    return common.open_run(run, "--run", "sac_iterative", device, seed)[:3]
-
-
-def buffer_states(buffer, n, seed):
-    """n states per trial (trials, n, obs_dim), uniform over the replay buffer, the same on every device."""
-    rows, generator = buffer.rows(), torch.Generator().manual_seed(seed)
-    index = torch.randint(rows.shape[1], (len(rows), n), generator=generator)
-    return rows[buffer.trial, index.to(rows.device), : buffer.widths[0]]
 
 
 def roll_out(agent, args, episodes, iters):
@@ -137,12 +97,9 @@ def moments(name, values):
 def pooled(rows, by, name, within=True):
     """The distinct values of `by` in the rows (one per trial); mean and standard deviation of `name` over all states
     and trials, or, without the spread within the trials, over the trials."""
-    found = defaultdict(list)
-    for row in rows:
-        found[float(row[by])].append((float(row[name]), float(row.get(f"{name}_std", 0)) * within))
-    tables = [np.array(found[x]) for x in sorted(found)]  # (trials, 2) each
-    spread = [(table[:, 0].var() + (table[:, 1] ** 2).mean()) ** 0.5 for table in tables]
-    return np.array(sorted(found)), np.array([table[:, 0].mean() for table in tables]), np.array(spread)
+    x, means = curve(rows, by, name)
+    stds = curve(rows, by, f"{name}_std")[1] if within and f"{name}_std" in rows[0] else 0 * means
+    return x, means.mean(1), (means.var(1) + (stds**2).mean(1)) ** 0.5
 
 
 def line(axis, rows, by, name, within=True, **style):
@@ -163,29 +120,25 @@ class Experiment:
 
 
 @dataclasses.dataclass
-class OnRun(Experiment):
+class Improvement(Experiment):
+    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1); and
+    the evaluation return with k iterations at test time."""
+
     run: str = ""  # run directory of sac_iterative.py
-    device: str = "cpu"  # cpu, cuda
-    seed: int = 0  # of the states, of the common noise and of inference
+    iters: int = 10  # K
+    episodes: int = 5  # per trial
+    states: int = 1_000  # at most so many per trial, evenly spaced over the episodes
     samples: int = 200  # actions of the common noise
+    device: Literal["cpu", "cuda"] = "cpu"  # where all of it is computed
+    seed: int = 0  # of the states, of the common noise and of inference
+    name = "fig2"
+    size = 13, 3.6
 
     def env_id(self):
         return run_args(self.run, "--run", "sac_iterative")[1].env_id
 
-
-@dataclasses.dataclass
-class Improvement(OnRun):
-    """Figure 2: J̃(λ_k) in the states of episodes, less J̃(λ_0) (a), that in % of |J̃(λ_0)| (b), and less J̃(λ_1); and
-    the evaluation return with k iterations at test time."""
-
-    iters: int = 10  # K
-    episodes: int = 5  # per trial
-    states: int = 1_000  # at most so many per trial, evenly spaced over the episodes
-    name = "fig2"
-    size = 13, 3.6
-
     def measure(self):
-        agent, saved, _ = open_run(self.run, self.device, self.seed)
+        agent, saved, *_ = open_run(self.run, "--run", "sac_iterative", self.device, self.seed)
         if not agent.iterative:
             fail(f"--run {self.run}: its inference is direct, there is nothing to iterate")
         _, states, running = roll_out(agent, saved, self.episodes, self.iters)
@@ -194,7 +147,7 @@ class Improvement(OnRun):
         obs = [state[torch.as_tensor(on)][place] for state, on, place in zip(states, running, places)]
         obs = torch.stack(obs)  # (trials, n, obs_dim)
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
-        value = torch.stack([estimate(agent, obs, params, noise) for params in learned(agent, obs, self.iters)])
+        value = torch.stack([estimate(agent, obs, params, noise) for params in agent.infer(obs, self.iters)[0]])
         for k in range(self.iters + 1):
             returns = roll_out(agent, saved, self.episodes, k)[0]
             for trial in range(saved.trials):
@@ -229,7 +182,7 @@ class Gap(Experiment):
     samples: int = 100  # actions of the common noise
     adam_steps: int = 100  # from λ_K and from λ_0 each
     adam_rate: float = 0.05  # learning rate
-    device: str = "cpu"  # where the gap is measured; training has its own, in --flags
+    device: Literal["cpu", "cuda"] = "cpu"  # where the gap is measured; training has its own, in --flags
     seed: int = 0  # of the states and of the common noise
     name = "gap"
 
@@ -253,8 +206,8 @@ class Gap(Experiment):
             flags = ["--total-steps", str(steps), *(begin if piece == 1 else ["--resume", run])]
             if code := subprocess.run([sys.executable, str(ROOT / "sac_iterative.py"), *flags]).returncode:
                 sys.exit(code)  # the script has said why
-            agent, saved, buffer = open_run(run, self.device, self.seed)
-            measured = self.at(agent, buffer_states(buffer, self.states, self.seed))
+            agent, saved, buffer, _ = open_run(run, "--run-dir", "sac_iterative", self.device, self.seed)
+            measured = self.at(agent, buffer.sample(self.states)[..., : buffer.widths[0]])
             for trial in range(saved.trials):
                 now = {name: value[trial] for name, value in measured.items()}  # (n,) each
                 # At most 1, where the network is no better than λ_0: early on there is little to gain.
@@ -267,7 +220,7 @@ class Gap(Experiment):
         """J̃ at λ_0, at λ_K and at Adam's best, and the gap, (trials, n) each: on the noise that Adam climbs, where the
         gap cannot be negative, and on fresh noise, where Adam has no advantage from having seen the draw."""
         noise, fresh = common_noise(obs, 2 * self.samples, agent.prior.shape[-1], self.seed).chunk(2, 1)
-        ends = learned(agent, obs, agent.iters)[[0, -1]]  # Adam starts at both
+        ends = torch.stack(agent.infer(obs)[0]).detach()[[0, -1]]  # Adam starts at both
         climbed = [adam(agent, obs, start, self.adam_steps, self.adam_rate, noise) for start in ends]
         found, top = best(*(torch.cat(each) for each in zip(*climbed)))
         prior, network = (values[0] for _, values in climbed)
@@ -298,10 +251,8 @@ def main(args):
     at_least(args, **{name: least for name, least in LEAST.items() if hasattr(args, name)})
     if args.from_csv:
         return publish(args.out, None, args.draw, args.size)
-    try:
-        torch.zeros(1, device=getattr(args, "device", "cpu"))
-    except Exception:  # whatever a device that is not there raises
-        fail(f"--device {args.device}: not there; use cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: not there; use cpu")
     env_id = args.env_id()
     name = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
     return publish(name, args.measure(), args.draw, args.size)

@@ -4,8 +4,7 @@
 
 Figures, sections and equations are those of Marino & Yue, "An Inference Perspective on Model-Based RL". Learning curves
 and sweeps are the experiments latent_NAME of experiments.toml, trained by grid.py and drawn by figures.py. This command
-writes benchmarks/results/latent_velocity.csv (label,step,trial,metric,value) and its figure, under --out; with
---from-csv it draws the figure again without the runs.
+writes benchmarks/results/latent_velocity.csv (label,step,trial,metric,value) and its figure.
 """
 
 import dataclasses
@@ -15,12 +14,13 @@ from collections import defaultdict
 import numpy as np
 import torch
 import tyro
-from common import at_least, band, fail, group, labelled, load_script, open_run, publish
+from common import at_least, band, curve, fail, group, labelled, load_script, open_run, publish
 
 VEM = load_script("active_vem")
 TASKS = "DoubleIntegrator", *VEM.POSITIONS  # whose true velocity can be read
-SOURCES = {"velocity/r2": "from the mean of z", "velocity/r2_sampled": "from z as it is sampled",
-           "velocity/r2_observation": "from the observation alone"}
+SOURCES = {"velocity/r2": ("latent", "from the mean of z"),
+           "velocity/r2_sampled": ("noisy", "from z as it is sampled"),
+           "velocity/r2_observation": ("obs", "from the observation alone")}
 
 
 @dataclasses.dataclass
@@ -110,9 +110,8 @@ def measure(args, label, run):
     prediction. Of all episodes: the share of the observations within two standard deviations of the prediction."""
     agent, saved, _, step = open_run(run, script="active_vem", eval_episodes=args.episodes)
     tape, alive = record(agent, saved), lambda trial, episode: int(tape["alive"][trial, :, episode].sum())
-    sources = {"velocity/r2": "latent", "velocity/r2_sampled": "noisy", "velocity/r2_observation": "obs"}
     rows = [(label, step, trial, metric, decode_velocity(tape, trial, source)[0])
-            for trial in range(saved.trials) for metric, source in sources.items()]
+            for trial in range(saved.trials) for metric, (source, _) in SOURCES.items()]
     found = [decode_velocity(tape, trial) for trial in range(saved.trials)]
     trial, half = int(np.argsort([r2 for r2, *_ in found])[(saved.trials - 1) // 2]), args.episodes // 2
     spread = [float(tape["velocity"][trial, : alive(trial, i), i].var(0, correction=0).sum())
@@ -137,16 +136,9 @@ def measure(args, label, run):
 # The figure
 
 
-def columns(rows):
-    """Steps (s,) and values (s, trials) of one curve."""
-    found = group(rows, "step")
-    values = [[float(row["value"]) for row in at] for at in found.values()]
-    return np.array([int(step) for step in found]), np.array(values)
-
-
 def number(rows):
     """Mean, and least and greatest where there are several."""
-    values = columns(rows)[1][-1]
+    values = curve(rows)[1][-1]
     return f"{np.mean(values):.3g}" + f" ({min(values):.3g} to {max(values):.3g})" * (len(values) > 1)
 
 
@@ -158,7 +150,7 @@ def draw(rows, figure):
     figure.set_size_inches(5 * (1 + len(dims)), 3.6 * len(labels))
     for (first, *axes), label in zip(figure.subplots(len(labels), 1 + len(dims), squeeze=False), labels):
         title = f"{label}: velocity"
-        for metric, source in SOURCES.items():
+        for metric, (_, source) in SOURCES.items():
             if (label, metric) in found:
                 r2 = number(found[label, metric])
                 title += f"\nR² {r2} {source}"
@@ -167,13 +159,13 @@ def draw(rows, figure):
         for i, metric in enumerate(metric for metric in metrics if metric.startswith("velocity/true_")):
             for name, style in (("true", "-"), ("decoded", "--")):
                 if lines := found.get((label, metric.replace("true", name))):
-                    first.plot(*columns(lines), style, color=f"C{2 * i + (name == 'decoded')}", label=name)
+                    first.plot(*curve(lines), style, color=f"C{2 * i + (name == 'decoded')}", label=name)
         for i, (axis, metric) in enumerate(zip(axes, dims)):
             axis.set_title(f"observation {i}")
             if (label, metric) in found:
-                axis.plot(*columns(found[label, metric]), color="black", label="seen")
+                axis.plot(*curve(found[label, metric]), color="black", label="seen")
             if means := found.get((label, metric.replace("true", "mean"))):
-                (steps, mean), (_, std) = columns(means), columns(found[label, metric.replace("true", "std")])
+                (steps, mean), (_, std) = curve(means), curve(found[label, metric.replace("true", "std")])
                 low, high = (mean - 2 * std)[:, 0], (mean + 2 * std)[:, 0]
                 band(axis, steps, mean[:, 0], low, high, color="C3", label="foreseen, ± 2 std")
         for axis in (first, *axes):

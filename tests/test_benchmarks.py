@@ -210,7 +210,6 @@ def test_figure_of_an_experiment(here, drawn, monkeypatch):
     ({}, "--runs"), ({"runs": ("nowhere",)}, "--runs nowhere"), ({"from_csv": True}, "--from-csv"),
     ({"name": "", "runs": ("one",)}, "--name"), ({"runs": ("one",), "labels": ("A", "B")}, "--labels"),
     ({"experiment": "fig5"}, "--runs-dir"), ({"experiment": "nothing"}, "nothing: not an experiment"),
-    ({"runs": ("one",), "reference": "Swimmer-v4"}, "--reference"),
     ({"runs": ("one",), "metrics": ("none",)}, "--metrics none"),
     ({"runs": ("one",), "name": "a/b"}, "a/b"),
 ], ids=str)
