@@ -35,6 +35,11 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def say_row(row):
+    """Print what a row of a table has, each value behind its column."""
+    say("  ".join(f"{key} {value}" for key, value in row.items() if value != ""))
+
+
 def at_least(args, **least):
     """Refuse numbers that are too small, by the flag's name."""
     for name, low in least.items():

@@ -2,7 +2,6 @@
 
     python benchmarks/grid.py mountain_car                                 # trains
     python benchmarks/mountain_car.py --runs RUN RUN --labels VMBPO β-VMBPO    # writes results/mountain_car*, figures/
-    python benchmarks/mountain_car.py --from-csv                               # draws the figure again
 
 Mean trajectories (position, velocity) of the deterministic policy under the true dynamics and under the learned ones
 that its actor and critic were trained in (q of the variational scripts, p of MBPO), as far as half of the episodes go
@@ -18,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import at_least, group, labelled, open_run, publish, say, write
+from common import at_least, group, labelled, open_run, publish, say_row, write
 
 TASK, GOAL, STEPS = "MountainCarContinuous-v0", 0.45, 999
 
@@ -89,7 +88,6 @@ def mean_path(path, episodes):
 def measure(args):
     """Rows of both tables: mean trajectories; returns and value gaps."""
     rows, summary = [], []
-    columns = dict.fromkeys(("label", "trial", "dynamics", "return", "std", "goal", "value_gap", "policy_std"), "")
     for label, run in labelled(args.runs, args.labels):
         agent, saved, *_ = open_run(run)
         paths = {}
@@ -99,17 +97,13 @@ def measure(args):
             for trial in range(saved.trials):
                 which = {"label": label, "trial": trial, "dynamics": dynamics}
                 rows += [which | row for row in mean_path(paths[dynamics][trial], args.episodes)]
-                mean, std = returns[trial].mean(), returns[trial].std()
-                found = {"return": f"{mean:.4g}", "std": f"{std:.4g}", "goal": f"{reached[trial]:.3g}"}
-                summary.append(columns | which | found)
-                say(f"{label}, trial {trial}, {dynamics} dynamics: return {mean:.1f} ± {std:.1f}, "
-                    f"the goal in {100 * reached[trial]:.0f} % of {args.episodes} episodes")
+                mean, std, goal = returns[trial].mean(), returns[trial].std(), reached[trial]
+                found = {"return": f"{mean:.4g}", "std": f"{std:.4g}", "goal": f"{goal:.3g}"}
+                summary.append(which | found | {"value_gap": "", "policy_std": ""})
         gaps, deviations = value_gap(agent, paths["true"])
         for trial in range(saved.trials):
             found = {"value_gap": f"{gaps[trial]:.3g}", "policy_std": f"{deviations[trial]:.3g}"}
-            summary.append(columns | {"label": label, "trial": trial} | found)
-            say(f"{label}, trial {trial}: one-step value gap {found['value_gap']}, "
-                f"standard deviation of the policy {found['policy_std']}")
+            summary.append({"label": label, "trial": trial} | found)
     return rows, summary
 
 
@@ -133,6 +127,8 @@ def main(args):
     rows = None
     if not args.from_csv:
         rows, summary = measure(args)
+        for row in summary:
+            say_row(row)
         write("mountain_car_returns", summary)
     return publish("mountain_car", rows, draw, (8, 3.4), "mean trajectory of each trial")
 

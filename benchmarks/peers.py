@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import numpy as np
 import tyro
 from common import at_least, fail, say
+
+PACKAGES = {"SAC": "stable_baselines3", "TQC": "sb3_contrib", "CrossQ": "sb3_contrib", "RecurrentPPO": "sb3_contrib"}
 
 
 @dataclasses.dataclass
@@ -37,35 +38,20 @@ class Args:
     run_dir: str = ""  # where the run goes; default runs/ENV_ID/ALGORITHM_sSEED_DATE-TIME
 
 
-def evaluate(model, env, args, trial):
-    """Mean return of deterministic actions on the seeds of the scripts' evaluation."""
-    returns = np.zeros(args.eval_episodes)
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed + 10_000 + trial * args.eval_episodes + episode)
-        state, over = None, False
-        while not over:
-            action, state = model.predict(obs, state, np.array([state is None]), deterministic=True)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[episode] += reward
-            over = terminated or truncated
-    return returns.mean()
-
-
 def make_model(args, trial):
-    import stable_baselines3
-
-    package = stable_baselines3 if args.algorithm == "SAC" else importlib.import_module("sb3_contrib")
-    settings = {"seed": args.seed + trial, "device": "cpu"}
+    algorithm = getattr(importlib.import_module(PACKAGES[args.algorithm]), args.algorithm)
+    settings = {"env": gym.make(args.env_id), "seed": args.seed + trial, "device": "cpu"}
     if args.algorithm == "RecurrentPPO":
-        return package.RecurrentPPO("MlpLstmPolicy", gym.make(args.env_id), **settings)
-    return getattr(package, args.algorithm)("MlpPolicy", gym.make(args.env_id), buffer_size=args.total_steps,
-                                            learning_starts=args.learning_starts, **settings)
+        return algorithm("MlpLstmPolicy", **settings)
+    return algorithm("MlpPolicy", buffer_size=args.total_steps, learning_starts=args.learning_starts, **settings)
 
 
 def train(args, trial, file):
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
 
-    env = gym.make(args.env_id)
+    envs = make_vec_env(args.env_id, args.eval_episodes)  # one for each episode
 
     class Evaluation(BaseCallback):
         def _on_training_start(self):
@@ -74,7 +60,8 @@ def train(args, trial, file):
         def _on_step(self):
             step = self.num_timesteps
             if step % args.eval_every == 0 or step == args.total_steps:
-                score = evaluate(self.model, env, args, trial)
+                envs.seed(args.seed + 10_000 + trial * args.eval_episodes)  # environment i gets this plus i
+                score, _ = evaluate_policy(self.model, envs, args.eval_episodes)
                 speed = (step - self.before) / (time.perf_counter() - self.clock)
                 file.write(f"{step},{trial},eval/return,{score:.6g}\n{step},{trial},time/sps,{speed:.6g}\n")
                 say(f"trial {trial}, step {step}: return {score:.1f}, {speed:.0f} steps per second")
@@ -94,9 +81,9 @@ def main(args):
         gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: cannot be made ({error})")
-    needed = "stable_baselines3" if args.algorithm == "SAC" else "sb3_contrib"
-    if not importlib.util.find_spec(needed):
-        fail(f"--algorithm {args.algorithm}: needs the package {needed} (benchmarks/requirements.txt)")
+    package = PACKAGES[args.algorithm]
+    if not importlib.util.find_spec(package):
+        fail(f"--algorithm {args.algorithm}: needs the package {package} (benchmarks/requirements.txt)")
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
     with (run / "metrics.csv").open("w", buffering=1) as file:

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from common import at_least, build, commit, fail, load_script, say, write
+from common import at_least, build, commit, fail, load_script, say_row, write
 from torch import nn
 
 TASK = "HalfCheetah-v4"  # 17 observations, 6 actions
@@ -335,7 +335,7 @@ def measure_table(args):
                 contestant.rows, contestant.calls = min(contestant.rows, 300), min(contestant.calls, 2)
         row = {"table": args.table, "row": name, "threads": own.threads, "blocks": args.blocks}
         row |= measure(args, own, peer) | place(args.device)
-        say("  ".join(f"{key} {value}" for key, value in row.items() if value != ""))
+        say_row(row)
         yield row
 
 

@@ -59,7 +59,7 @@ def test_figure_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "OUT", tmp_path)
     monkeypatch.setattr(CAR.roll_out, "__defaults__", (20,))
     assert CAR.main(CAR.Args(runs=("run",), labels=("new",), episodes=3)) == 0
-    assert capsys.readouterr().out.count("value gap") == 2
+    assert capsys.readouterr().out.count("value_gap") == 2
     rows = common.read("mountain_car")
     assert {row["dynamics"] for row in rows} == {"true", "learned"} and all(2 * int(row["alive"]) >= 3 for row in rows)
     returns = common.read("mountain_car_returns")
