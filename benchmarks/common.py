@@ -125,6 +125,8 @@ def metrics_of(run):
 
 def write(name, rows):
     """Rows, as they come, to results/NAME.csv; what is cut short leaves NAME.partial and the old table."""
+    if "/" in name:
+        fail(f"--out {name}: a name without folders")
     rows, partial = iter(rows), OUT / f"results/{name}.partial"
     first = next(rows)
     with partial.open("w", newline="", buffering=1) as file:
@@ -148,8 +150,6 @@ def publish(name, rows, draw, size, title=""):
     """Write the rows (None: they are written), draw figures/NAME.png from the csv alone, print what `draw` tells."""
     from matplotlib.figure import Figure
 
-    if "/" in name:
-        fail(f"--out {name}: a name without folders")
     if rows is not None:
         write(name, rows)
     figure = Figure(figsize=size, layout="constrained")

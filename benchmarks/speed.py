@@ -29,7 +29,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -53,11 +52,11 @@ class Args:
     blocks: int = 12  # pairs of neighbouring blocks, or blocks of a contestant without a peer
     updates: int = 50  # per block; of minibatches 100
     matmul_precision: Literal["default", "highest", "high", "medium"] = "default"  # ours; default: each script's own
-    device: str = "cpu"  # cpu, cuda
+    device: Literal["cpu", "cuda"] = "cpu"
     cuda_graph: bool = False  # replay our own updates and minibatches as CUDA graphs
     only: str = ""  # only the rows with this text in their name
-    out_dir: str = ""  # where results/ is; default: benchmarks
-    quick: bool = False  # tiny networks and blocks, to see that everything works; needs --out-dir
+    out: str = ""  # name of the csv; default: speed_TABLE
+    quick: bool = False  # tiny networks and blocks, to see that everything works; needs --out
 
 
 @dataclasses.dataclass
@@ -108,8 +107,7 @@ def rows_of(table):
 
 def fill(buffer, n):
     """n random transitions per trial, none of which ends its episode; active_vem.py's are in episodes of 200."""
-    for start in range(0, n, 10_000):  # full buffers leave no room for copies
-        place = torch.arange(start, min(start + 10_000, n))
+    for place in torch.arange(n).split(10_000):  # full buffers leave no room for copies
         columns = [torch.randn(len(buffer.storage), len(place), width) for width in buffer.widths]
         columns[1].tanh_()
         for column in columns[4:]:
@@ -138,8 +136,8 @@ def own_update(contestant):
 
 
 def own_fit(contestant):
-    _, _, agent, (buffer, _) = prepare(contestant)
-    return lambda: agent.fit_model(buffer)
+    _, _, agent, buffers = prepare(contestant)
+    return lambda: agent.fit_model(buffers[0])
 
 
 def own_step(contestant):
@@ -341,20 +339,15 @@ def measure_table(args):
 
 def main(args):
     at_least(args, blocks=1, updates=1)
-    if args.device != "cpu" and not (args.device == "cuda" and torch.cuda.is_available()):
-        fail(f"--device {args.device}: not there; use cpu or cuda")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: not there; use cpu")
     if args.cuda_graph and args.device != "cuda":
         fail("--cuda-graph: needs --device cuda")
-    if args.quick and not args.out_dir:
-        fail("--quick: needs --out-dir, its numbers mean nothing and would replace measured ones")
+    if args.quick and not args.out:
+        fail("--quick: needs --out, its numbers mean nothing and would replace measured ones")
     if not any(args.only in name for name, *_ in rows_of(args.table)):
         fail(f"--only {args.only}: the rows are {'; '.join(name for name, *_ in rows_of(args.table))}")
-    common.OUT = Path(args.out_dir or common.HERE)
-    try:
-        (common.OUT / "results").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out-dir {args.out_dir}: {error.strerror}")
-    write(f"speed_{args.table}", measure_table(args))
+    write(args.out or f"speed_{args.table}", measure_table(args))
     return 0
 
 

@@ -20,9 +20,10 @@ SMALL = {key: value for key, value in SPEED.TINY.items() if not key.startswith("
 
 
 @pytest.fixture
-def out(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "OUT", tmp_path)  # speed.py sets it; set back at the end
-    return tmp_path / "out"
+def here(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(common, "OUT", tmp_path)
+    return tmp_path
 
 
 def counted(monkeypatch, agent, *names):
@@ -136,12 +137,12 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
 
 @pytest.mark.parametrize("table, only, peer", [
     ("fit", "", True), ("steps", "beta_vmbpo, 10,000 rows, 3", False), ("latent", "generative", False)])
-def test_tables_in_processes_of_their_own(out, table, only, peer):
+def test_tables_in_processes_of_their_own(here, table, only, peer):
     """In the precision asked for; without a peer its columns are empty."""
     precision = "high" if table == "steps" else "default"
-    sizes = {"quick": True, "blocks": 2, "updates": 2, "out_dir": str(out)}
+    sizes = {"quick": True, "blocks": 2, "updates": 2, "out": "made_up"}
     assert SPEED.main(SPEED.Args(table=table, only=only, matmul_precision=precision, **sizes)) == 0
-    row, = common.read(f"speed_{table}")
+    row, = common.read("made_up")
     assert [*row] == COLUMNS and row["precision"] == {"fit": "medium", "steps": "high", "latent": "highest"}[table]
     numbers = ["ms", "ms_low", "ms_high", "per_second", "peak_mb", *(COLUMNS[8:16] if peer else [])]
     assert all(math.isfinite(float(row[name])) and float(row[name]) > 0 for name in numbers)
@@ -161,24 +162,25 @@ def test_every_row_has_flags_that_its_script_accepts():
 
 
 @pytest.mark.parametrize("flags, named", [
-    ({"blocks": 0}, "--blocks"), ({"updates": -1}, "--updates"), ({"device": "abacus"}, "--device abacus"),
-    ({"cuda_graph": True}, "--cuda-graph"), ({"out_dir": ""}, "--quick"), ({"only": "ppo"}, "--only ppo"),
-    ({"out_dir": "file"}, "--out-dir file"),
+    ({"blocks": 0}, "--blocks"), ({"updates": -1}, "--updates"), ({"device": "cuda"}, "--device cuda"),
+    ({"cuda_graph": True}, "--cuda-graph"), ({"out": ""}, "--quick"), ({"only": "ppo"}, "--only ppo"),
+    ({"out": "a/b"}, "--out a/b"),
 ], ids=str)
-def test_refuses_in_one_line(tmp_path, capsys, monkeypatch, flags, named):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(common, "OUT", tmp_path)
+def test_refuses_in_one_line(here, capsys, monkeypatch, flags, named):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        SPEED.main(SPEED.Args(**{"quick": True, "out_dir": str(tmp_path / "out")} | flags))
+        SPEED.main(SPEED.Args(**{"quick": True, "out": "made_up"} | flags))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and named in lines[0] and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert len(lines) == 1 and named in lines[0] and not [*(here / "results").iterdir()]
 
 
 def test_a_process_that_fails_ends_the_table(tmp_path):
     """Flags that make no network: one line, code 1, no table."""
-    code = (f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import speed\nif __name__ == '__main__':\n"
-            f"    speed.TINY['batch_size'] = -1\n    speed.main(speed.Args(table='fit', quick=True, out_dir='out'))")
+    code = (f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import common, speed\n"
+            f"if __name__ == '__main__':\n    speed.TINY['batch_size'] = -1\n    common.OUT = common.Path('.')\n"
+            f"    speed.main(speed.Args(table='fit', quick=True, out='made_up'))")
+    (tmp_path / "results").mkdir()
     (tmp_path / "script.py").write_text(code)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "script.py: error: fit mbpo: RuntimeError" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "out/results/speed_fit.csv").exists()
+    assert not [*(tmp_path / "results").iterdir()]
