@@ -14,7 +14,6 @@ leaving, less than critics err, and agents that put it off for ever came and wen
 
 import dataclasses
 import sys
-from collections import Counter
 
 import gymnasium as gym
 import numpy as np
@@ -88,21 +87,15 @@ def walk(agent, trials, episodes, seed):
     return returns, np.stack(track, 2)  # (trials, episodes, time, 2)
 
 
-def edge(path):
-    """Where a path (time, 2) leaves, and |x| there."""
-    x, y = path[~np.isnan(path).any(-1)][-1]
-    beyond = np.array([-x, x, y, -y]) - SIZE
-    return EDGES[beyond.argmax()] if beyond.max() > 0 else "nowhere", abs(x)
-
-
 def describe(label, trial, returns, paths):
-    """The row of one trial's episodes."""
-    ways = [edge(path) for path in paths]
-    share, worst = Counter(way for way, _ in ways), np.sort(returns)[: max(1, len(returns) // 10)]
-    below = [x for way, x in ways if way == "bottom"]
+    """The row of one trial's episodes: returns (episodes,) and paths (episodes, time, 2)."""
+    x, y = np.array([path[~np.isnan(path).any(-1)][-1] for path in paths]).T  # where they end
+    beyond = np.stack([-x, x, y, -y]) - SIZE
+    way = np.where(beyond.max(0) > 0, np.array(EDGES)[beyond.argmax(0)], "nowhere")
+    worst, bottom = np.sort(returns)[: max(1, len(returns) // 10)], np.abs(x[way == "bottom"])
     return {"label": label, "trial": trial, "return": returns.mean(), "worst_tenth": worst.mean(),
-            **{way: share[way] / len(ways) for way in (*EDGES, "nowhere")},
-            "x_at_bottom": np.mean(below) if below else float("nan")}
+            **{name: (way == name).mean() for name in (*EDGES, "nowhere")},
+            "x_at_bottom": bottom.mean() if len(bottom) else float("nan")}
 
 
 def main(args):

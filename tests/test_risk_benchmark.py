@@ -45,10 +45,19 @@ def test_walk_and_edges():
     """An agent that always goes straight down leaves at the bottom after about seven steps, near x = 0."""
     down = SimpleNamespace(act=lambda obs, deterministic: torch.tensor([0.0, -1.0]).expand(*obs.shape))
     returns, paths = RISK.walk(down, 2, 50, seed=0)
-    assert paths.shape == (2, 50, 101, 2) and {RISK.edge(path)[0] for path in paths[0]} == {"bottom"}
+    assert paths.shape == (2, 50, 101, 2)
+    row = RISK.describe("down", 1, returns[1], paths[1])
+    assert row["bottom"] == 1 and row["nowhere"] == row["left"] == 0
+    distances = []
     for path, earned in zip(paths[1], returns[1]):
         steps = (~np.isnan(path[:, 0])).sum() - 1
-        assert earned == pytest.approx(-0.1 * steps + 100 * RISK.edge(path)[1] / 7)
+        distances.append(abs(path[steps, 0]))
+        assert earned == pytest.approx(-0.1 * steps + 100 * distances[-1] / 7)
+    assert row["x_at_bottom"] == pytest.approx(np.mean(distances))
+    ends = np.array([[-7.5, 0], [8, 7.5], [0, 9], [3, -7.1], [5, -8], [0, 0], [1, 1], [-6, 6], [7, 7], [2, -2]])
+    row = RISK.describe("ends", 0, np.arange(10.0), np.stack([0 * ends, ends], 1))
+    assert [row[name] for name in (*RISK.EDGES, "nowhere")] == [0.1, 0.1, 0.1, 0.2, 0.5]
+    assert row["x_at_bottom"] == 4 and row["worst_tenth"] == 0 and row["return"] == 4.5
 
 
 def test_table_of_a_run(here, monkeypatch, capsys):
