@@ -5,7 +5,7 @@
 
 writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
 experiment's NAME is its own. Runs that share task and label are further trials of one curve, which ends where not all
-of them go on. `--from-csv` draws the figure again from the committed csv, without the runs.
+of them go on.
 """
 
 import dataclasses

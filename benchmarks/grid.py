@@ -161,11 +161,9 @@ def train(run, threads, retries):
     """Begin a run or continue it, again and again if it dies; returns its exit code, None if it was told to stop."""
     code = None
     for _ in range(1 + retries):
-        if STOPPED:
-            return None
-        code = attempt(run, threads)
-        if code in (0, 2) or STOPPED:  # done, or refused: no use in trying again
+        if STOPPED or code in (0, 2):  # done, or refused: no use in trying again
             break
+        code = attempt(run, threads)
     return None if STOPPED and code != 0 else code
 
 

@@ -145,15 +145,14 @@ def own_step(contestant):
     args, envs, agent, buffers = prepare(contestant)
     column = lambda x: torch.as_tensor(x, dtype=torch.float32, device=args.device).view(args.trials, 1, -1)
     obs, count, model_based = column(envs.reset(seed=0)[0]), 0, hasattr(agent, "imagine")
-
-    def refit():
+    if model_based:
         agent.fit_model(buffers[0])
-        agent.imagine(*buffers, 0)
 
     def step():
         nonlocal obs, count
         if model_based and count % args.fit_every == 0:
-            refit()
+            agent.fit_model(buffers[0])
+            agent.imagine(*buffers, 0)
         action = agent.act(obs)
         next_obs, reward, terminated, *_ = envs.step(action[:, 0].cpu().numpy())
         next_obs = column(next_obs)
@@ -163,8 +162,6 @@ def own_step(contestant):
             agent.update_beta()
         obs, count = next_obs, count + 1
 
-    if model_based:
-        refit()
     return step
 
 
