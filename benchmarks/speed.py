@@ -52,7 +52,7 @@ class Args:
     blocks: int = 12  # pairs of neighbouring blocks, or blocks of a contestant without a peer
     updates: int = 50  # per block; of minibatches 100
     matmul_precision: Literal["default", "highest", "high", "medium"] = "default"  # ours; default: each script's own
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"  # where it is measured
     cuda_graph: bool = False  # replay our own updates and minibatches as CUDA graphs
     only: str = ""  # only the rows with this text in their name
     out: str = ""  # name of the csv; default: speed_TABLE
