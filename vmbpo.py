@@ -15,22 +15,17 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
     J(ψ) = E_model[(Q_ψ(s,a) − r − γ V'(s') + β log q_φ(s'|s,a)/p_θ(s'|s,a))²]                          (12)
     J(ω) = E_model[E_{a~q_ω}[β log q_ω(a|s) − β log π_κ(a|s) − Q(s,a)]],  then κ ← ω                    (13, 14)
 
-Deviations from the paper, each with the flag that goes back to its letter where there is one:
+Deviations from the paper, each with the flag that goes back where there is one; docs/beta_vmbpo.md says more:
  1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
- 2. A fit has two phases: p learns alone, then q starts at p (parameters, moments) and both see the same minibatches.
-    KL(q‖p) is then the tilt alone, where that of independent fits has a floor that no β lowers. Within a fit the rate
-    rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the usual 0.999 are still
-    the last fit's when a fit begins, and can make it undo that one. `--fit-rule constant`: as in the paper.
+ 2. In a fit p learns alone, then q starts at p and both learn, at a rate that rises and falls to zero: KL(q‖p) is the
+    tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
- 6. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1; to die early then pays;
-    `--entropy none`: the policy's standard deviation falls to its floor.
- 7. The actor climbs the online critic, not the target (13), as in SAC. With κ ← ω after each update, as in C.1, π_κ is
-    the actor itself and the KL in (13) has gradient zero: neither has code of its own.
- 8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, at least 400
-    minibatches in the first fit and 200 to 800 in later ones; dynamics with MBPO's learning rate 1e-3 (not 3e-4), SiLU
-    (not ReLU) and weight decay. q is fitted to rewards too, which nothing uses: r comes from p.
+ 6. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1. `--entropy none`: no bonus.
+ 7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
+ 8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on the
+    minibatches of a fit; dynamics with MBPO's learning rate 1e-3 (not 3e-4), SiLU (not ReLU) and weight decay.
  9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
 
     python vmbpo.py --env-id Walker2d-v4
@@ -66,9 +61,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # shares of a fit that are done, factors on its learning rate there
-POSTERIOR_START = 0.5  # share of a fit that p learns alone
-FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's, by --fit-rule
+FIT_SHARES = (0, 0.25, 0.5, 1)  # shares of a fit's minibatches
+FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the learning rate there
+POSTERIOR_START = {"two_phase": 0.5, "constant": 0}  # share of a fit that p learns alone
+FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 EXPONENT_MAX = 4.0  # Appendix C.1
 torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the device
@@ -474,12 +470,11 @@ class Agent(nn.Module):
                 self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
 
         prior_step, joint_step = captured(partial(minibatch, False), args), captured(partial(minibatch, True), args)
-        start = int(POSTERIOR_START * batches) if args.fit_rule == "two_phase" else 0
+        start = int(POSTERIOR_START[args.fit_rule] * batches)
         for i in range(batches):
-            if args.fit_rule == "two_phase":
-                rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
-                if i == start:
-                    self.start_posterior()
+            rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
+            if i == start and args.fit_rule == "two_phase":
+                self.start_posterior()
             step = prior_step if i < start else joint_step
             step()
         return self.assess(buffer, weights)
@@ -498,32 +493,28 @@ class Agent(nn.Module):
                 fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
                 obs = torch.where(torch.rand_like(end_prob) < end_prob, fresh, next_obs)
 
-    def actor_loss(self, obs):
-        """Losses of the actor and of α, and the log-probabilities of its actions."""
-        action, log_prob = self.actor.sample(obs)
-        q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
-        loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
-        alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
-        return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
-
     def update(self, batch):
         """One step of critics, actor and α on columns (trials, n, ·); returns q, its target and log-probabilities."""
         obs, action, reward, next_obs, terminated = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
-        loss, log_prob = self.actor_loss(obs)
-        self.descend("actor", loss)
+        action, log_prob = self.actor.sample(obs)
+        value, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
+        loss = alpha.detach() * log_prob - value if self.args.entropy == "both" else -value  # eq. (13)
+        alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
+        self.descend("actor", (loss + alpha_loss).mean((-2, -1)).sum())
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return q.detach(), target, log_prob.detach()
 
     def learn(self, buffer, model_buffer):
         """All updates of one environment step, on real and imagined rows in the ratio asked for; returns metrics."""
-        args, num_real = self.args, round(self.args.real_ratio * self.args.batch_size)
-        rows = [source.sample(args.updates_per_step * n).unflatten(1, (args.updates_per_step, n))
-                for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]
-        for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
+        updates, num_real = self.args.updates_per_step, round(self.args.real_ratio * self.args.batch_size)
+        num_imagined = self.args.batch_size - num_real
+        real = buffer.sample(updates * num_real).unflatten(1, (updates, num_real))  # (trials, updates, n, row)
+        imagined = model_buffer.sample(updates * num_imagined).unflatten(1, (updates, num_imagined))
+        for batch in torch.cat([real, imagined], 2).unbind(1):
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
                 "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.detach().exp().flatten()}

@@ -14,15 +14,14 @@ learns from short roll-outs that branch off replayed states, mixed with real tra
     J(ω) = E_model[E_{a~π}[α log π(a|s) − min Q(s,a)]],  J(α) = E[−α (log π(a|s) + target entropy)]     (13)
 
 The numbers are those of the β-VMBPO paper, whose objectives these are where q is p. Deviations from Janner et al., each
-with the flag that goes back where there is one:
- 1. A fit makes a fixed number of passes, as in the β-VMBPO paper, but at least 400 minibatches at first and 200 to 800
-    later. Janner et al. stop when a hold-out error rests.
- 2. Within a fit the rate rises to three times its own and falls to zero. Adam's β₂ is 0.95: the second moments of the
-    usual 0.999 are still the last fit's when a fit begins, and can make it undo that. `--fit-rule constant`: neither.
+with the flag that goes back where there is one; docs/mbpo.md says more:
+ 1. A fit makes a fixed number of passes, within bounds on its minibatches; theirs goes on until a hold-out error rests.
+ 2. Within a fit the rate rises and falls to zero. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one.
+    `--fit-rule constant`: neither.
  3. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
- 4. Inputs and targets are standardised; imagined states are clipped to the data's range; every fifth transition is held
-    out for good, so that warm-started members never train on it. Roll-outs are dealt to the elites in chunks.
- 5. The target entropy is −(action dimensions)/2, which is close to their values per task. `--target-entropy`: another.
+ 4. Inputs and targets are standardised, imagined states clipped to the data's range, every fifth row is held out for
+    good, and roll-outs are dealt to the elites in chunks.
+ 5. The target entropy is −(action dimensions)/2, close to their values per task. `--target-entropy`: another.
 
     python baselines/mbpo.py --env-id Walker2d-v4
     python baselines/mbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
@@ -55,8 +54,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_RATE = (0, 0.25, 0.5, 1), (0, 3, 1, 0)  # shares of a fit that are done, factors on its learning rate there
-FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's, by --fit-rule
+FIT_SHARES = (0, 0.25, 0.5, 1)  # shares of a fit's minibatches
+FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the learning rate there
+FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
@@ -407,8 +407,7 @@ class Agent(nn.Module):
 
         step = captured(minibatch, args)
         for i in range(batches):
-            if args.fit_rule == "two_phase":
-                rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, *FIT_RATE))
+            rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
             step()
         return self.assess(buffer)
 
@@ -426,32 +425,28 @@ class Agent(nn.Module):
                 fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
                 obs = torch.where(torch.rand_like(end_prob) < end_prob, fresh, next_obs)
 
-    def actor_loss(self, obs):
-        """Losses of the actor and of α, and the log-probabilities of its actions."""
-        action, log_prob = self.actor.sample(obs)
-        q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
-        loss = alpha.detach() * log_prob - q if self.args.entropy == "both" else -q  # eq. (13)
-        alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
-        return (loss + alpha_loss).mean((-2, -1)).sum(), log_prob
-
     def update(self, batch):
         """One step of critics, actor and α on columns (trials, n, ·); returns q, its target and log-probabilities."""
         obs, action, reward, next_obs, terminated = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
-        loss, log_prob = self.actor_loss(obs)
-        self.descend("actor", loss)
+        action, log_prob = self.actor.sample(obs)
+        value, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
+        loss = alpha.detach() * log_prob - value if self.args.entropy == "both" else -value  # eq. (13)
+        alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
+        self.descend("actor", (loss + alpha_loss).mean((-2, -1)).sum())
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return q.detach(), target, log_prob.detach()
 
     def learn(self, buffer, model_buffer):
         """All updates of one environment step, on real and imagined rows in the ratio asked for; returns metrics."""
-        args, num_real = self.args, round(self.args.real_ratio * self.args.batch_size)
-        rows = [source.sample(args.updates_per_step * n).unflatten(1, (args.updates_per_step, n))
-                for source, n in ((buffer, num_real), (model_buffer, args.batch_size - num_real)) if n]
-        for batch in torch.cat(rows, 2).unbind(1):  # (trials, updates, batch, row)
+        updates, num_real = self.args.updates_per_step, round(self.args.real_ratio * self.args.batch_size)
+        num_imagined = self.args.batch_size - num_real
+        real = buffer.sample(updates * num_real).unflatten(1, (updates, num_real))  # (trials, updates, n, row)
+        imagined = model_buffer.sample(updates * num_imagined).unflatten(1, (updates, num_imagined))
+        for batch in torch.cat([real, imagined], 2).unbind(1):
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
                 "policy/entropy": -log_prob.mean((-2, -1)), "policy/alpha": self.log_alpha.detach().exp().flatten()}

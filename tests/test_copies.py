@@ -18,7 +18,7 @@ DIFFERS = {
     "train": "the algorithm's loop",
     "Agent": "names the script's own steps",
 }
-AGENT = {"__init__", "act", "actor_loss", "assess", "fit_model", "gradient", "learn", "model_loss", "predict", "update",
+AGENT = {"__init__", "act", "assess", "fit_model", "gradient", "learn", "model_loss", "predict", "update",
          "value"}  # its methods that are the algorithms themselves
 
 
