@@ -317,13 +317,11 @@ class Agent(nn.Module):
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
-        fit_adam = {"betas": FIT_BETAS[args.fit_rule], **adam}
+        models = [*self.model.groups(), *self.posterior_model.groups(), {"params": self.terminator.parameters()}]
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **fit_adam),
-            "posterior_model": torch.optim.Adam(self.posterior_model.groups(), args.model_learning_rate, **fit_adam),
-            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **fit_adam),
+            "models": torch.optim.Adam(models, args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
             "beta": torch.optim.Adam([self.log_beta], args.beta_lr, **adam),
         }
         self.learn = captured(self.learn, args)  # with --cuda-graph
@@ -385,10 +383,6 @@ class Agent(nn.Module):
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
         return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # eq. (10), (11)
 
-    def termination_loss(self, next_obs, terminated):
-        logit = self.terminator(self.states(next_obs))
-        return F.binary_cross_entropy_with_logits(logit, terminated, reduction="none").mean((-2, -1)).sum()
-
     def fit_statistics(self, buffer):
         """Means, deviations and ranges of the replayed transitions."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
@@ -401,9 +395,9 @@ class Agent(nn.Module):
     def start_posterior(self):
         """Let q begin at p, with p's Adam moments."""
         self.posterior_model.load_state_dict(self.model.state_dict())
+        adam_state = self.opts["models"].state
         for prior, posterior in zip(self.model.parameters(), self.posterior_model.parameters()):
-            adam_state = self.opts["model"].state[prior]
-            self.opts["posterior_model"].state[posterior] = {name: x.clone() for name, x in adam_state.items()}
+            adam_state[posterior] = {name: x.clone() for name, x in adam_state[prior].items()}
 
     @torch.no_grad()
     def divergence(self, obs):
@@ -463,23 +457,23 @@ class Agent(nn.Module):
         weights = self.transition_weights(buffer)
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
-        least = args.min_batches if self.opts["model"].state else args.min_first_batches  # no state: the first fit
+        least = args.min_batches if self.opts["models"].state else args.min_first_batches  # no state: the first fit
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
         rate = torch.tensor(args.model_learning_rate, device=args.device)  # a tensor: CUDA graphs see it change
-        for name in ("model", "posterior_model", "terminator"):
-            for group in self.opts[name].param_groups:
-                group["lr"] = rate
+        for group in self.opts["models"].param_groups:
+            group["lr"] = rate
 
         def minibatch(posterior):
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
-            self.descend("model", self.model_loss(self.model, batch))
             *_, next_obs, terminated = batch
-            self.descend("terminator", self.termination_loss(next_obs[0], terminated[0]))  # the first member's rows
-            if posterior:
-                weight = weights[buffer.trial, rows]
-                self.descend("posterior_model", self.model_loss(self.posterior_model, batch, weight))
+            logit = self.terminator(self.states(next_obs[0]))  # learns from the first member's rows
+            end_loss = F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="sum") / args.batch_size
+            loss = self.model_loss(self.model, batch) + end_loss
+            if posterior:  # else q has no gradient, and Adam leaves it as it is
+                loss = loss + self.model_loss(self.posterior_model, batch, weights[buffer.trial, rows])
+            self.descend("models", loss)
 
         prior_step, joint_step = captured(partial(minibatch, False), args), captured(partial(minibatch, True), args)
         start = int(POSTERIOR_START[args.fit_rule] * batches)

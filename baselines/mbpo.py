@@ -293,12 +293,11 @@ class Agent(nn.Module):
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
-        fit_adam = {"betas": FIT_BETAS[args.fit_rule], **adam}
+        models = [*self.model.groups(), {"params": self.terminator.parameters()}]
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "model": torch.optim.Adam(self.model.groups(), args.model_learning_rate, **fit_adam),
-            "terminator": torch.optim.Adam(self.terminator.parameters(), args.model_learning_rate, **fit_adam),
+            "models": torch.optim.Adam(models, args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
         }
         self.learn = captured(self.learn, args)  # with --cuda-graph
 
@@ -344,10 +343,6 @@ class Agent(nn.Module):
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
         return nll.mean((-2, -1)).sum() + bounds.sum()  # eq. (10)
 
-    def termination_loss(self, next_obs, terminated):
-        logit = self.terminator(self.states(next_obs))
-        return F.binary_cross_entropy_with_logits(logit, terminated, reduction="none").mean((-2, -1)).sum()
-
     def fit_statistics(self, buffer):
         """Means, deviations and ranges of the replayed transitions."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
@@ -390,20 +385,21 @@ class Agent(nn.Module):
         self.fit_statistics(buffer)
         num_train = count - math.ceil(count / HOLD_OUT_EVERY)
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
-        least = args.min_batches if self.opts["model"].state else args.min_first_batches  # no state: the first fit
+        least = args.min_batches if self.opts["models"].state else args.min_first_batches  # no state: the first fit
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
         rate = torch.tensor(args.model_learning_rate, device=args.device)  # a tensor: CUDA graphs see it change
-        for name in ("model", "terminator"):
-            for group in self.opts[name].param_groups:
-                group["lr"] = rate
+        for group in self.opts["models"].param_groups:
+            group["lr"] = rate
 
         def minibatch():
             rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
-            self.descend("model", self.model_loss(self.model, batch))
             *_, next_obs, terminated = batch
-            self.descend("terminator", self.termination_loss(next_obs[0], terminated[0]))  # the first member's rows
+            logit = self.terminator(self.states(next_obs[0]))  # learns from the first member's rows
+            end_loss = F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="sum") / args.batch_size
+            loss = self.model_loss(self.model, batch) + end_loss
+            self.descend("models", loss)
 
         step = captured(minibatch, args)
         for i in range(batches):

@@ -81,7 +81,7 @@ def make(task, args, beta2):
         for part in ("actor", "critic", "critic_target"):
             getattr(agent, part).load_state_dict(getattr(trained, part).state_dict())
         agent.log_alpha.data.copy_(trained.log_alpha)
-    for settings in (*agent.opts["model"].param_groups, *agent.opts["posterior_model"].param_groups):
+    for settings in agent.opts["models"].param_groups:
         settings["betas"] = (0.9, beta2)
     return script, agent, buffer, rows, starts
 
