@@ -398,8 +398,7 @@ class Agent(nn.Module):
             *_, next_obs, terminated = batch
             logit = self.terminator(self.states(next_obs[0]))  # learns from the first member's rows
             end_loss = F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="sum") / args.batch_size
-            loss = self.model_loss(self.model, batch) + end_loss
-            self.descend("models", loss)
+            self.descend("models", self.model_loss(self.model, batch) + end_loss)
 
         step = captured(minibatch, args)
         for i in range(batches):
