@@ -16,12 +16,11 @@ q(z_t|z_{t-1},a_{t-1},x_t,r_t), acts by q(a_t|z_t), and learns the priors p that
     Ê = E_p[Σ_{k≤H} γ^{k-1} (r_k + α w_i log p(x_k,r_k|z_k)/p(x_k,r_k|z_{k-1},a_{k-1})) + γ^H V(z_H)]           (10)
     Algorithm 1: E-step, q(z) climbs L and q(a) climbs Ê − α KL(q(a)‖p(a)); M-step, the rest climbs L
 
-The marginal term, the denominator in (8), is what sets this objective apart from a world model's. It is estimated by
-importance weights, log 1/K Σ_k p(x_t,r_t|z^k) p(z^k|·) / q(z^k|·) with z^k ~ q(z_t). By (7) the terms of z_t and x_t in
-(8) are −KL(q(z_t) ‖ p(z_t|z_{t-1},a_{t-1},x_t,r_t)): at most 0, and 0 for *every* model whose q is exact. At its full
-weight nothing presses the model to fit the data. So it has a weight w: with an exact q the objective is
-(1 − w) log p(x_t,r_t|z_{t-1},a_{t-1}). What the term is good for is the paper's open question, and a sweep over w the
-way to ask it.
+The denominator in (8), the marginal term, is what a world model's objective lacks. It is estimated by importance
+weights: log 1/K Σ_k p(x_t,r_t|z^k) p(z^k|·) / q(z^k|·) with z^k ~ q(z_t). By (7) the terms of z_t and x_t in (8) are
+−KL(q(z_t) ‖ p(z_t|z_{t-1},a_{t-1},x_t,r_t)): at most 0, and 0 for *every* model whose q is exact. So nothing presses
+the model to fit the data. With a weight w of the term and an exact q the objective is (1 − w) log p(x_t,r_t|z_{t-1},
+a_{t-1}). What the term is good for is the paper's open question; a sweep over w asks it.
 
 Deviations from the paper, each with the flag that goes back to its letter where there is one:
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
@@ -40,8 +39,9 @@ Deviations from the paper, each with the flag that goes back to its letter where
  8. p(a) is fitted to q(a) with a share ε of uniform actions: otherwise both narrow together and exploration ends.
     `--prior-mix 0`. `--action-prior uniform`: maximum entropy; p(a) then only rolls out and acts.
  9. The discriminative agent's q(z) learns from the critic's error: it has no model to send it the return's gradient.
-    That gradient is cut at 0.3, and z learns no faster than the critic: at the others' 10 (`--max-grad-norm`) it drives
-    z to its bounds in some trials, at 3e-3 (`--model-learning-rate`) some lose for a while what they had learned.
+    That gradient at times grows on its way back through a window. So it is cut at 0.3 (`--max-grad-norm`): at the
+    others' 10 z goes to its bounds in some trials. And z learns no faster than the critic (`--model-learning-rate`):
+    at the others' 3e-3 some trials lose for a while what they had learned.
 
     python active_vem.py --env-id DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
     python active_vem.py --env-id Pendulum-v1 --mask velocity
@@ -50,7 +50,7 @@ Deviations from the paper, each with the flag that goes back to its letter where
 import contextlib
 import ctypes
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -74,7 +74,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_MAX = 10.0  # of z and of atanh(a)
 RATE_HOLD = 1000  # updates after which the model's rate begins to fall, as one over their square root
-POLICY_EVERY = 2  # q(a) and p(a) learn from every other row of an update: three fifths of its products are theirs
+POLICY_EVERY = 2  # q(a) and p(a) learn from every other row of an update, to save time
 UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
 # Tasks whose observation is so many positions (sines and cosines too) followed by velocities and forces.
 POSITIONS = {"Pendulum": 2, "MountainCarContinuous": 1, "InvertedPendulum": 2, "InvertedDoublePendulum": 5, "Hopper": 5,
@@ -85,9 +85,7 @@ Rows = Annotated[int, (10, 1e9)]
 Seed = Annotated[int, (0, 2**31)]
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
-Steps = Annotated[int, (0, 1000)]
 Weight = Annotated[float, (0, 1e9)]
-Signed = Annotated[float, (-1e9, 1e9)]
 Chosen = Annotated[float | None, (1e-12, 1e9)]
 
 
@@ -133,8 +131,8 @@ class Args:
     max_grad_norm: Chosen = None  # length that the model's gradient is cut to; default: 10, discriminative 0.3
     marginal_weight: Weight = 0.0  # w: weight of the marginal term of (8)
     marginal_samples: Count = 8  # importance samples K of the marginal term
-    plan_horizon: Steps = 3  # imagined steps H of the planned bound (10)
-    info_weight: Signed = 0.0  # w_i: weight of the information term of (10)
+    plan_horizon: Annotated[int, (0, 1000)] = 3  # imagined steps H of the planned bound (10)
+    info_weight: Annotated[float, (-1e9, 1e9)] = 0.0  # w_i: weight of the information term of (10)
     info_samples: Count = 8  # contrastive samples K of the information term
     action_prior: Literal["learned", "uniform"] = "learned"  # what the KL of the action is measured from
     prior_mix: Fraction = 0.05  # ε: share of uniformly random actions in what the action prior is fitted to
@@ -164,19 +162,17 @@ class Args:
         return self.trials * (rows + policy + model)
 
     def wrap(self, env):
-        """The task, with a part of its observation hidden and noise, which knows no bounds, on the rest."""
+        """The task, with a part of its observation hidden and noise on the rest."""
         if self.mask == "none" and self.noise == 0:
             return env
-        env, count = gym.wrappers.FlattenObservation(env), POSITIONS.get(task_name(self.env_id))
-        shown = {"none": slice(None), "velocity": slice(count), "position": slice(count, None)}[self.mask]
-        low, high = env.observation_space.low[shown], env.observation_space.high[shown]
-        if self.noise:
-            low, high = np.full_like(low, -np.inf), np.full_like(high, np.inf)
+        env, positions = gym.wrappers.FlattenObservation(env), POSITIONS.get(task_name(self.env_id))
+        shown = {"none": slice(None), "velocity": slice(positions), "position": slice(positions, None)}[self.mask]
+        space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.low[shown].shape)
 
         def see(obs):
-            return (obs[shown] + self.noise * env.np_random.normal(size=low.shape)).astype(np.float32)
+            return (obs[shown] + self.noise * env.np_random.normal(size=space.shape)).astype(np.float32)
 
-        return gym.wrappers.TransformObservation(env, see, gym.spaces.Box(np.float32(low), np.float32(high)))
+        return gym.wrappers.TransformObservation(env, see, space)
 
 
 def task_name(env_id):
@@ -213,16 +209,15 @@ gym.register("DoubleIntegrator-v0", DoubleIntegrator, max_episode_steps=50)
 
 
 class EpisodeBuffer:
-    """Ring of steps per trial, sampled as windows within an episode.
+    """Ring of rows per trial, one per step, sampled as windows within an episode. Row i lies at place i % capacity.
 
     One row holds obs, action, reward, next_obs, terminated, the latent state inferred at obs, the time in the episode.
     """
 
-    def __init__(self, trials, capacity, obs_dim, action_dim, latent_dim, device):
-        self.widths = (obs_dim, action_dim, 1, obs_dim, 1, latent_dim, 1)
-        self.latent, self.capacity = slice(-1 - latent_dim, -1), capacity
+    def __init__(self, trials, capacity, widths, device):
+        self.widths, self.capacity, self.latent = widths, capacity, slice(-1 - widths[5], -1)
         # (trials, capacity + 1, row); behind the ring lies a row that is written for nothing and never read
-        self.storage = torch.zeros(trials, capacity + 1, sum(self.widths), device=device)
+        self.storage = torch.zeros(trials, capacity + 1, sum(widths), device=device)
         self.added = torch.zeros((), dtype=torch.long, device=device)
         self.trial = torch.arange(trials, device=device)[:, None, None]
 
@@ -243,17 +238,17 @@ class EpisodeBuffer:
         one of a single row: with weights 1/m all steps count the same.
         """
         shape, device = (len(self.trial), 1, n), self.storage.device
-        count, position = self.added.clamp(max=self.capacity), torch.arange(length, device=device)[:, None]
-        oldest = self.added - count
-        drawn = (torch.rand(shape, device=device) * count).long()  # counted from the oldest row
-        time = self.storage[self.trial, (oldest + drawn) % self.capacity, -1].long()
+        oldest = (self.added - self.capacity).clamp(min=0)
+        drawn = oldest + (torch.rand(shape, device=device) * (self.added - oldest)).long()
         ahead = torch.randint(length, shape, device=device)  # rows of the window before the drawn one
-        first = drawn - torch.minimum(ahead, torch.minimum(time, drawn))
+        time = self.storage[self.trial, drawn % self.capacity, -1].long()
+        first = torch.maximum(drawn - torch.minimum(ahead, time), oldest)
+        position = torch.arange(length, device=device)[:, None]
         row = first + position  # (trials, length, n)
-        place = (oldest + row) % self.capacity
+        place = row % self.capacity
         rows = self.storage[self.trial, place]
-        in_window = (row < drawn - ahead + length) & (row < count)
-        in_episode = rows[..., -1].long() == rows[:, :1, :, -1].long() + position
+        in_window = (row < drawn - ahead + length) & (row < self.added)
+        in_episode = rows[..., -1] == rows[:, :1, :, -1] + position
         valid = (in_window & in_episode)[..., None]
         return rows, place, valid / valid.sum(1, keepdim=True)
 
@@ -333,12 +328,10 @@ class Normalizer(nn.Module):
     def forward(self, x):
         return (x - self.mean) / self.std
 
-    def inverse(self, x):
-        return x * self.std + self.mean
 
-
-def sample(mean, log_std):
-    """A reparameterised sample."""
+def sample(mean, log_std, *count):
+    """Reparameterised samples (*count, *mean.shape)."""
+    mean, log_std = mean.expand(*count, *mean.shape), log_std.expand(*count, *log_std.shape)
     return mean + log_std.exp() * torch.randn_like(mean)
 
 
@@ -350,7 +343,8 @@ def log_density(x, mean, log_std):
 
 def divergence(mean, log_std, prior_mean, prior_log_std):
     """KL of two Gaussians summed over the last axis: (..., 1)."""
-    ratio, shift = (2 * (log_std - prior_log_std)).exp(), ((mean - prior_mean) * (-prior_log_std).exp()).square()
+    ratio = (2 * (log_std - prior_log_std)).exp()
+    shift = ((mean - prior_mean) * (-prior_log_std).exp()).square()
     return (prior_log_std - log_std + 0.5 * (ratio + shift - 1)).sum(-1, keepdim=True)
 
 
@@ -365,52 +359,53 @@ def weighted_mean(x, weight):
 
 
 class Agent(nn.Module):
-    """Networks, optimizer, and the steps of Algorithm 1: infer and act online, learn from windows of episodes."""
+    """Networks, optimizers, and the steps of Algorithm 1: infer and act online, learn from windows of episodes."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        self.args, trials, a, x = args, args.trials, action_dim, obs_dim + 1
+        self.args, self.action_dim, trials = args, action_dim, args.trials
         self.generative, self.memoryless = args.agent == "generative", args.agent == "memoryless"
-        z = obs_dim if self.memoryless else args.latent_dim
-        self.latent_dim, self.action_dim = z, a
-        self.widths = (obs_dim, a, 1, obs_dim, 1, z, 1)  # of a row of EpisodeBuffer
-        self.percepts = Normalizer(trials, x)  # a percept is an observation and the reward received with it
+        self.discriminative = args.agent == "discriminative"
+        self.latent_dim = obs_dim if self.memoryless else args.latent_dim
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1, self.latent_dim, 1)  # of a row of EpisodeBuffer
+        self.percepts = Normalizer(trials, obs_dim + 1)  # a percept is an observation and the reward that came with it
         self.changes = Normalizer(trials, obs_dim)  # of an observation since the one before
+
         low = torch.bfloat16 if args.matmul_precision == "medium" else None
-        self.actor = Gaussian(trials, z, args.hidden_dim, a, low)
-        self.prior_actor = Gaussian(trials, z, args.hidden_dim, a, low)
-        self.critic = StackedMLP((2, trials), (z + a, args.hidden_dim, args.hidden_dim, 1), dtype=low)
-        self.critic_target = StackedMLP((2, trials), (z + a, args.hidden_dim, args.hidden_dim, 1), dtype=low)
+        self.actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
+        self.prior_actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
+        dims = (self.latent_dim + action_dim, args.hidden_dim, args.hidden_dim, 1)
+        self.critic = StackedMLP((2, trials), dims, dtype=low)
+        self.critic_target = StackedMLP((2, trials), dims, dtype=low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
-        self.first_latent, model = nn.Parameter(torch.zeros(trials, 1, z)), []  # before the first step
+        self.policy = [*self.actor.parameters()] if args.alpha else [*self.actor.parameters(), self.log_alpha]
+        policies = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
+
+        self.first_latent = nn.Parameter(torch.zeros(trials, 1, self.latent_dim))  # before an episode's first step
+        self.model = []  # its parameters
         if not self.memoryless:
-            sight = x + obs_dim  # what is seen: a percept, and how the observation has changed
-            self.latent_posterior = Gaussian(trials, z + a + sight, args.model_dim, z)
-            self.latent_prior = Gaussian(trials, z + a + (0 if self.generative else sight), args.model_dim, z)
-            model += [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
+            before = self.latent_dim + action_dim
+            full = before + 2 * obs_dim + 1  # also sight: a percept, and how the observation has changed
+            self.latent_posterior = Gaussian(trials, full, args.model_dim, self.latent_dim)
+            self.latent_prior = Gaussian(trials, before if self.generative else full, args.model_dim, self.latent_dim)
+            self.model += [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
         if self.generative:
-            self.decoder = StackedMLP((trials,), (z, args.model_dim, args.model_dim, x + 1), F.silu)
-            self.log_scale = nn.Parameter(torch.zeros(trials, 1, x))
-            model += [*self.decoder.parameters(), self.log_scale]
+            dims = (self.latent_dim, args.model_dim, args.model_dim, obs_dim + 2)
+            self.decoder = StackedMLP((trials,), dims, F.silu)
+            self.log_scale = nn.Parameter(torch.zeros(trials, 1, obs_dim + 1))
+            self.model += [*self.decoder.parameters(), self.log_scale]
         self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
         self.register_buffer("updates", torch.zeros(()))
         self.to(args.device)
 
-        discriminative, learned = args.agent == "discriminative", args.action_prior == "learned"
-        self.horizon = args.plan_horizon if self.generative else 0
-        self.kl_target = a * (0.5 if learned else 1.2) if args.kl_target is None else args.kl_target
-        # The critic's error, which alone shapes a discriminative z, at times grows on its way back through a window.
-        self.max_grad_norm = args.max_grad_norm or (0.3 if discriminative else 10.0)
-        self.first_rate = args.model_learning_rate or (1e-3 if discriminative else 3e-3)
-        alpha = [] if args.alpha else [self.log_alpha]
-        self.learned = {"critic": [*self.critic.parameters()], "actor": [*self.actor.parameters(), *alpha],
-                        "prior_actor": [*self.prior_actor.parameters()], "model": model}
-        policies = [*self.learned["critic"], *self.learned["actor"], *self.learned["prior_actor"]]
+        self.kl_target = args.kl_target or action_dim * (0.5 if args.action_prior == "learned" else 1.2)
+        self.max_grad_norm = args.max_grad_norm or (0.3 if self.discriminative else 10.0)  # see deviation 9
+        self.first_rate = args.model_learning_rate or (1e-3 if self.discriminative else 3e-3)
         self.opts = {"policies": torch.optim.Adam(policies, args.learning_rate, fused=True, capturable=True)}
-        if model:
+        if self.model:
             rate = torch.tensor(self.first_rate, device=args.device)
-            self.opts["model"] = torch.optim.Adam(model, rate, fused=True, capturable=True)
+            self.opts["model"] = torch.optim.Adam(self.model, rate, fused=True, capturable=True)
         self.learn = captured(self.learn, args)  # with --cuda-graph
 
     # What is inferred online
@@ -418,16 +413,17 @@ class Agent(nn.Module):
     @torch.no_grad()
     def begin(self, obs):
         """What precedes an episode's first obs (trials, n, obs_dim): latent state, action, reward, and obs itself."""
-        none = torch.zeros(*obs.shape[:2], self.action_dim + 1, device=obs.device)
-        return self.first_latent.expand(-1, obs.shape[1], -1), none[..., :-1], none[..., -1:], obs
+        reward = torch.zeros_like(obs[..., :1])
+        return self.first_latent.expand(-1, obs.shape[1], -1), reward.expand(-1, -1, self.action_dim), reward, obs
 
     @torch.no_grad()
     def perceive(self, obs, latent, action, reward, last_obs, noise=None):
-        """z_t given what is seen now and what came before it; the mean of q where noise is 0."""
-        percept = self.percepts(torch.cat([obs, reward], -1))
-        sight = torch.cat([percept, self.changes(obs - last_obs)], -1)
+        """z_t given what is seen now, obs and reward, and what came before it; the mean of q where noise is 0."""
         noise = torch.randn_like(latent) if noise is None else noise
-        return percept[..., :-1] if self.memoryless else self.unroll(latent, action, sight, noise)[0]
+        percept = self.percepts(torch.cat([obs, reward], -1))
+        if self.memoryless:
+            return percept[..., :-1]
+        return self.unroll(latent, action, torch.cat([percept, self.changes(obs - last_obs)], -1), noise)[0]
 
     @torch.no_grad()
     def act(self, latent, policy="posterior", deterministic=False):
@@ -453,19 +449,19 @@ class Agent(nn.Module):
 
     def log_marginal(self, before, action, percept, posterior):
         """Estimate of log p(x,r|z_{t-1},a_{t-1}) by K samples of q(z), which gets no gradient: (trials, n, 1)."""
-        # q would lower the estimate, and so raise the bound, by being a bad proposal
-        posterior = [x.detach().expand(self.args.marginal_samples, *x.shape) for x in posterior]
-        z = sample(*posterior)  # (K, trials, n, latent_dim)
-        prior = self.latent_prior(before, action)
+        posterior = [x.detach() for x in posterior]  # q would raise the bound by being a bad proposal
+        z = sample(*posterior, self.args.marginal_samples)  # (K, trials, n, latent_dim)
         log_likelihood = log_density(percept, *self.decode(z)[:2])
-        return log_mean_exp(log_likelihood + log_density(z, *prior) - log_density(z, *posterior))  # eq. (7)
+        log_prior = log_density(z, *self.latent_prior(before, action))
+        return log_mean_exp(log_likelihood + log_prior - log_density(z, *posterior))  # eq. (7)
 
     def information(self, latent, prior):
         """Estimates, low and high, of the information in nats that a percept at z has about z: (trials, n, 1) each."""
         mean, log_std, _ = self.decode(latent)
-        percept = mean + log_std.exp() * torch.randn_like(mean)
-        others = sample(*(x.expand(self.args.info_samples, *x.shape) for x in prior))  # (K, trials, n, latent_dim)
-        own, others = log_density(percept, mean, log_std), log_density(percept, *self.decode(others)[:2])
+        percept = sample(mean, log_std)
+        own = log_density(percept, mean, log_std)
+        z = sample(*prior, self.args.info_samples)  # (K, trials, n, latent_dim)
+        others = log_density(percept, *self.decode(z)[:2])
         lower = own - log_mean_exp(torch.cat([own[None], others]))  # with z among the samples: at most log(K + 1)
         return lower, own - log_mean_exp(others)
 
@@ -485,11 +481,13 @@ class Agent(nn.Module):
 
     def planned_bound(self, latent, action):
         """Ê for taking an action at z: rewards and information of H imagined steps, then V; (trials, n, 1)."""
-        if self.horizon == 0:
+        horizon = self.args.plan_horizon if self.generative else 0
+        if horizon == 0:
             return self.critic(torch.cat([latent, action], -1)).amin(0)
-        bound, discount, offset = 0, 1, (self.percepts.mean / self.percepts.std)[..., -1:]
-        for k in range(self.horizon):
-            if k:
+        bound, discount = 0, 1
+        offset = (self.percepts.mean / self.percepts.std)[..., -1:]  # rewards in a bound are scaled, not centred
+        for k in range(horizon):
+            if k > 0:
                 action = sample(*self.prior_actor(latent)).tanh()
             prior = self.latent_prior(latent, action)
             latent = sample(*prior)
@@ -506,32 +504,33 @@ class Agent(nn.Module):
     def follow(self, rows, weight):
         """Windows with the latent states inferred along them, in columns (trials, (length + 1) · n, ·), as a dict.
 
-        There is one percept more than there are steps. The first comes before the first step: it counts where the
-        episode begins with it, and elsewhere is the last one of an earlier row.
+        There is one percept more than there are steps. The first comes before the first step: it counts where an
+        episode begins with it. Elsewhere an earlier row counts it, and the latent state is the stored one.
         """
         n = rows.shape[2]
         obs, action, reward, next_obs, ended, stored, time = rows.flatten(1, 2).split(self.widths, -1)
-        begins, weight, none = time[:, :n] == 0, weight.flatten(1, 2), torch.zeros_like(reward[:, :n])
-        percept = torch.cat([torch.cat([obs[:, :n], next_obs], 1), torch.cat([none, reward], 1)], -1)
-        percept, change = self.percepts(percept), torch.cat([torch.zeros_like(obs[:, :n]), next_obs - obs], 1)
-        window = {"percept": percept, "sight": torch.cat([percept, self.changes(change)], -1),
-                  "action": torch.cat([torch.zeros_like(action[:, :n]), action], 1),
-                  "ended": torch.cat([none, ended], 1), "weight": torch.cat([weight[:, :n] * begins, weight], 1)}
+        begins, weight = time[:, :n] == 0, weight.flatten(1, 2)
+        zeros = (0, 0, n, 0)  # for F.pad: at the first percept no action, no reward and no change
+        percept = self.percepts(torch.cat([torch.cat([obs[:, :n], next_obs], 1), F.pad(reward, zeros)], -1))
+        sight = torch.cat([percept, self.changes(F.pad(next_obs - obs, zeros))], -1)
+        action = F.pad(action, zeros)
+        window = {"action": action, "percept": percept, "sight": sight, "ended": F.pad(ended, zeros),
+                  "weight": torch.cat([weight[:, :n] * begins, weight], 1)}
         if self.memoryless:
-            return window | {"latent": window["percept"][..., :-1]}
+            return window | {"latent": percept[..., :-1]}
         before = self.first_latent.expand(-1, n, -1)
         noise = torch.randn(*percept.shape[:2], self.latent_dim, device=rows.device)
-        columns = window["action"], window["sight"], noise
-        first = self.unroll(before, *(column[:, :n] for column in columns))
+        first = self.unroll(before, action[:, :n], sight[:, :n], noise[:, :n])
         first[0] = torch.where(begins, first[0], stored[:, :n])
-        rest = self.unroll(first[0], *(column[:, n:] for column in columns))
+        rest = self.unroll(first[0], action[:, n:], sight[:, n:], noise[:, n:])
         latent, *posterior = (torch.cat(parts, 1) for parts in zip(first, rest))
         return window | {"before": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior}
 
-    def bound_terms(self, before, latent, posterior, action, percept, sight, ended):
-        """The terms of (6) or (8) on z_t and the log-probability of the episode's end, each (trials, n, 1)."""
+    def model_loss(self, before, latent, posterior, action, percept, sight, ended, weight):
+        """−(8), or α KL of (6) in units of reward, as a mean over steps; and the terms in nats, each (trials,)."""
         if not self.generative:
-            return {"kl": divergence(*posterior, *self.latent_prior(before, action, sight))}  # eq. (6)
+            kl = weighted_mean(divergence(*posterior, *self.latent_prior(before, action, sight)), weight)  # eq. (6)
+            return (self.log_alpha.exp().detach().flatten() * kl).sum(), {"model/kl": kl.detach()}
         prior = self.latent_prior(before, action)
         mean, log_std, _ = self.decode(latent)
         end_logit = self.decode(sample(*prior))[2]
@@ -540,16 +539,9 @@ class Agent(nn.Module):
                  "log_end": -F.binary_cross_entropy_with_logits(end_logit, ended, reduction="none")}
         if self.args.marginal_weight:
             terms["log_marginal"] = self.log_marginal(before, action, percept, posterior)  # eq. (8)
-        return terms
-
-    def model_loss(self, weight, **window):
-        """−(8), or α KL of (6) in units of reward, as a mean over steps; and the terms in nats, each (trials,)."""
-        terms = {name: weighted_mean(term, weight) for name, term in self.bound_terms(**window).items()}
-        if self.generative:
-            loss = terms["kl"] - terms["log_likelihood"] - terms["log_end"]
-            loss = loss + self.args.marginal_weight * terms.get("log_marginal", 0)
-        else:
-            loss = self.log_alpha.exp().detach().flatten() * terms["kl"]
+        terms = {name: weighted_mean(term, weight) for name, term in terms.items()}
+        loss = terms["kl"] - terms["log_likelihood"] - terms["log_end"]
+        loss = loss + self.args.marginal_weight * terms.get("log_marginal", 0)
         return loss.sum(), {f"model/{name}": term.detach() for name, term in terms.items()}
 
     def critic_loss(self, latent, action, target, weight):
@@ -576,47 +568,42 @@ class Agent(nn.Module):
                    "policy/entropy": -weighted_mean(log_prob, weight).detach()}
         return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
 
-    def gradient(self, loss, *networks):
-        """Gradients of what these networks learn; the model's is cut, trial by trial, to a length not too large.
+    def restrain_model(self):
+        """Cut the model's gradient, trial by trial, to a length not too large, and let its learning rate fall.
 
-        The critic's is not, so that a batch in which episodes end counts in full.
+        The critic's gradient is not cut, so that a batch in which episodes end counts in full.
         """
-        loss.backward(inputs=sum((self.learned[network] for network in networks), []))
-        if "model" in networks:
-            grads = [p.grad for p in self.learned["model"]]
-            norms = [torch.linalg.vector_norm(grad, dim=(-2, -1)).view(-1, self.args.trials) for grad in grads]
-            scale = (self.max_grad_norm / torch.cat(norms).norm(dim=0)).clamp(max=1).view(-1, 1, 1)
-            torch._foreach_mul_(grads, [scale] * len(grads))
+        grads = [parameter.grad for parameter in self.model]
+        norms = torch.stack([torch.linalg.vector_norm(grad, dim=(-2, -1)) for grad in grads])
+        scale = (self.max_grad_norm / norms.norm(dim=0)).clamp(max=1).view(-1, 1, 1)
+        torch._foreach_mul_(grads, [scale] * len(grads))
+        self.opts["model"].param_groups[0]["lr"].copy_(self.first_rate * (1 + self.updates / RATE_HOLD).rsqrt())
 
     def update(self, rows, weight):
         """One E-step and one M-step on windows (trials, length, n, ·); returns latent states and metrics."""
         window, n = self.follow(rows, weight), rows.shape[2]
         latent, going_on = window["latent"], window["weight"] * (1 - window["ended"])
-        _, action, reward, _, terminated, _, _ = rows.flatten(1, 2).split(self.widths, -1)
+        _, action, reward, _, terminated, *_ = rows.flatten(1, 2).split(self.widths, -1)
         with torch.no_grad():
             next_value = self.soft_value(latent[:, n:], self.critic_target)
             target = reward / self.percepts.std[..., -1:] + self.args.gamma * (1 - terminated) * next_value
-        shaped = latent if self.args.agent == "discriminative" else latent.detach()
+        shaped = latent if self.discriminative else latent.detach()
         loss, metrics = self.critic_loss(shaped[:, :-n], action, target, weight.flatten(1, 2))
-        if self.memoryless:
-            self.gradient(loss, "critic")
-        else:
+        if not self.memoryless:
             model_loss, terms = self.model_loss(**window)
-            self.gradient(loss + model_loss, "critic", "model")  # E-step of q(z), M-step of the model
-            metrics |= terms
-        every = slice(None, None, POLICY_EVERY)
-        loss, prior_loss, more = self.policy_losses(latent.detach()[:, every], going_on[:, every])
-        self.gradient(loss, "actor")  # E-step of q(a)
-        self.gradient(prior_loss, "prior_actor")  # M-step of p(a)
+            loss, metrics = loss + model_loss, metrics | terms
+        loss.backward()  # E-step of q(z), M-step of the model
+        loss, prior_loss, more = self.policy_losses(latent.detach()[:, ::POLICY_EVERY], going_on[:, ::POLICY_EVERY])
+        loss.backward(inputs=self.policy)  # E-step of q(a), through critics and model, which get no gradient from it
+        prior_loss.backward()  # M-step of p(a)
+        if not self.memoryless:
+            self.restrain_model()
         for opt in self.opts.values():
             opt.step()
             opt.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
             self.updates += 1
-            if not self.memoryless:
-                rate = self.first_rate * (1 + self.updates / RATE_HOLD).rsqrt()
-                self.opts["model"].param_groups[0]["lr"].copy_(rate)
         return latent.detach().unflatten(1, (-1, n)), metrics | more
 
     def learn(self, buffer):
@@ -636,8 +623,9 @@ class Agent(nn.Module):
         with torch.random.fork_rng(cuda):  # how often metrics are logged changes nothing else
             rows, _, weight = buffer.sample(self.args.windows, self.args.window_length)
             window = self.follow(rows, weight)
-            prior = self.latent_prior(window["before"], window["action"])
-            marginal = self.log_marginal(window["before"], window["action"], window["percept"], window["posterior"])
+            before, action = window["before"], window["action"]
+            marginal = self.log_marginal(before, action, window["percept"], window["posterior"])
+            prior = self.latent_prior(before, action)
             lower, upper = self.information(sample(*prior), prior)
         terms = {"log_marginal": marginal, "information": lower, "information_upper": upper}
         return {f"model/{name}": weighted_mean(term, window["weight"]) for name, term in terms.items()}
@@ -656,16 +644,17 @@ class Agent(nn.Module):
             self.changes.fit(next_obs - obs)
             return
         ratio, shift = self.percepts.std / std, (self.percepts.mean - mean) / std  # old = ratio * new + shift
-        readers, seen = [self.actor, self.prior_actor, self.critic, self.critic_target], slice(self.latent_dim)
-        if not self.memoryless:
-            first = self.latent_dim + self.action_dim
-            readers, seen = [self.latent_posterior], slice(first, first + ratio.shape[-1])
-        if self.args.agent == "discriminative":
-            readers.append(self.latent_prior)
+        if self.memoryless:
+            first, dims = 0, self.latent_dim  # where in its input a network reads observations
+            readers = [self.actor, self.prior_actor, self.critic, self.critic_target]
+        else:
+            first, dims = self.latent_dim + self.action_dim, ratio.shape[-1]  # or percepts
+            readers = [self.latent_posterior, self.latent_prior] if self.discriminative else [self.latent_posterior]
         for net in readers:
-            weight = net.layers[0].weight[..., seen, :]  # (*stack, percept or observation, hidden)
-            net.layers[0].bias += shift[..., : weight.shape[-2]] @ weight
-            weight *= ratio[..., : weight.shape[-2]].mT
+            layer = net.layers[0]
+            weight = layer.weight[..., first : first + dims, :]  # (*stack, percept or observation, hidden)
+            layer.bias += shift[..., :dims] @ weight
+            weight *= ratio[..., :dims].mT
         if self.generative:
             out = self.decoder.layers[-1]
             out.weight[..., :-1] /= ratio
@@ -682,7 +671,7 @@ def train(args):
     envs = make_envs(args, args.trials)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(args, obs_dim, action_dim)
-    buffer = EpisodeBuffer(args.trials, args.buffer_size, obs_dim, action_dim, agent.latent_dim, args.device)
+    buffer = EpisodeBuffer(args.trials, args.buffer_size, agent.widths, args.device)
     run, metrics = Run(args, agent, envs, [buffer]), {}
     last = agent.begin(run.obs)  # latent state, action, reward and observation before the present observation
     for step in run.steps():

@@ -506,8 +506,8 @@ class Agent(nn.Module):
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         action, log_prob = self.actor.sample(obs)
-        value, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
-        loss = alpha.detach() * log_prob - value if self.args.entropy == "both" else -value  # eq. (13)
+        policy_q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
+        loss = alpha.detach() * log_prob - policy_q if self.args.entropy == "both" else -policy_q  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
         self.descend("actor", (loss + alpha_loss).mean((-2, -1)).sum())
         with torch.no_grad():

@@ -70,7 +70,7 @@ def build(name, **flags):
     sizes = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = script.Agent(args, *sizes)
     if hasattr(script, "EpisodeBuffer"):
-        buffer = script.EpisodeBuffer(args.trials, args.buffer_size, *sizes, agent.latent_dim, args.device)
+        buffer = script.EpisodeBuffer(args.trials, args.buffer_size, agent.widths, args.device)
     else:
         buffer = script.ReplayBuffer(args.trials, args.buffer_size, *sizes, args.device)
     return script, args, envs, agent, buffer

@@ -97,8 +97,8 @@ def predict(agent, tape, after, samples):
             latent = agent.perceive(wide("obs", t), *last)
         else:
             latent = VEM.sample(*agent.latent_prior(*last[:2]))
-            percept = agent.percepts.inverse(VEM.sample(*agent.decode(latent)[:2]))[..., :-1]
-            moments.append(torch.std_mean(percept.unflatten(1, (episodes, samples)), 2))
+            percept = VEM.sample(*agent.decode(latent)[:2]) * agent.percepts.std + agent.percepts.mean
+            moments.append(torch.std_mean(percept[..., :-1].unflatten(1, (episodes, samples)), 2))
         last = latent, wide("action", t), wide("reward", min(t + 1, tape["obs"].shape[1] - 1)), wide("obs", t)
     std, mean = (torch.stack(values, 1) for values in zip(*moments))
     return mean, std

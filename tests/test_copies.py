@@ -18,8 +18,8 @@ DIFFERS = {
     "train": "the algorithm's loop",
     "Agent": "names the script's own steps",
 }
-AGENT = {"__init__", "act", "assess", "fit_model", "gradient", "learn", "model_loss", "predict", "update",
-         "value"}  # its methods that are the algorithms themselves
+# Its methods that are the algorithms themselves.
+AGENT = {"__init__", "act", "assess", "fit_model", "learn", "model_loss", "predict", "update", "value"}
 
 
 def half(path, below):

@@ -46,7 +46,7 @@ def agent_and_buffers(name, **flags):
     obs, action, one = torch.randn(trials, 60, 3), torch.rand(trials, 60, 2) * 2 - 1, torch.rand(trials, 60, 1)
     columns = [x.to(args.device) for x in (obs, action, one, obs + 0.1, (one > 0.9).float())]
     if name == "active_vem":
-        buffer = script.EpisodeBuffer(trials, 100, 3, 2, agent.latent_dim, args.device)
+        buffer = script.EpisodeBuffer(trials, 100, agent.widths, args.device)
         latent = torch.zeros(trials, 1, agent.latent_dim, device=args.device)
         for i in range(60):
             place = torch.full((trials, 1, 1), i % 20, device=args.device)
