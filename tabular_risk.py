@@ -26,7 +26,7 @@ Deviations, each explained in docs/tabular_risk.md; tests/test_tabular_risk.py h
 8. For speed 100 episodes of a trial run side by side and add their updates of Q.
 
   python tabular_risk.py                                    # Fig. 1 in a second: the arm flips at β = 5 / ln 9 = 2.2756
-  python tabular_risk.py --figure all --out-dir benchmarks  # all figures, ten trials: 3 minutes on one core
+  python tabular_risk.py --figure all --out-dir runs/all    # all figures, ten trials: 3 minutes on one core
   python tabular_risk.py --figure learning --mdp my.npz     # a process of one's own (see make_mdp)
 """
 
