@@ -6,32 +6,29 @@
 """SAC with iterative amortized inference: a learned optimizer infers the policy of each state, in one file.
 
 After Marino, Piché and Yue, "On the Design of Variational RL Algorithms", whose equation numbers are used. Actions are
-latent variables and being optimal is what was observed: with p(O=1|τ) ∝ exp(R(τ)/α), the policy π is the approximate
-posterior of the action given a prior p_θ, and reinforcement learning is variational EM on
+latent, and being optimal is what was observed: p(O=1|τ) ∝ exp(R(τ)/α). The policy π(a|s,O) is the approximate posterior
+of the action, p_θ(a|s) is its prior, and reinforcement learning is variational EM on
 
-    J(π,θ) = E_π[R(τ)] − α KL(π(τ|O) ‖ p(τ))                                                            (6)
-           = E_π[Σ r − α log π(a|s,O)/p_θ(a|s)]                                                         (7)
+    J(π,θ) = E_π[R(τ)] − α KL(π(τ|O) ‖ p(τ)) = E_π[Σ r − α log π(a|s,O)/p_θ(a|s)]                       (6, 7)
     Q_π(s,a) = r + E[V_π(s')]                                                                           (8, 9)
     V_π(s) = E_π[Q_π(s,a)] − α KL(π(a|s,O) ‖ p_θ(a|s))                                                  (10)
-    π^B(a|s,O) ∝ p_θ(a|s) exp(Q_π(s,a)/α), the optimum over all π                                       (11)
 
-Algorithm 1: the E-step infers π(a|s,O) at each state met and acts with it; the M-step fits the prior, which is constant
-here. The E-step is amortized: λ = (μ, σ) comes from a network, in one guess λ = f_φ(s) (`--inference direct`, SAC), or
-from the prior in K gated updates that see the gradient of the objective (`--inference iterative`).
+The E-step infers π at each state met. It is amortized: λ = (μ, σ) comes from a network, in one guess from the state
+(`--inference direct`, SAC), or from the prior in K gated updates that see the gradient of J̃ (`--inference iterative`).
+The critics Q_ψ learn (8, 9) from replayed transitions. The M-step fits the prior, which is constant here.
 
     u ~ N(μ, diag σ²), a = tanh u                                                                       (13, 14)
     μ ← ω_φ ⊙ μ + (1 − ω_φ) ⊙ f_φ(s, ∇_μ J̃), and the same for σ                                         (15)
     J̃ = E_π[Q_ψ(s,a)] − α KL(π(a|s,O) ‖ p_θ(a|s))                                                       (16)
 
-Deviations from the paper, each with the flag that goes back to its letter where there is one:
- 1. f_φ and ω_φ also see μ and log σ, as the paper's count of 4|A| more inputs has it. `--inputs grads`: (15).
- 2. Updates and gradients are those of log σ. Its proposal is bounded, so that a gate of 1 keeps it exactly.
- 3. Gradients are scaled per state to a root mean square of 1, since Q's scale drifts. `--input-norm none`: as they are;
-    `layer`: λ and gradients standardised over the action's dimensions, as in the author's code.
- 4. The paper does not say which J̃ trains φ: their mean over iterations, each through its own step.
- 5. Q is the minimum of twin critics, as in SAC. `--pessimism 0`: their mean; other values: the authors' paper of 2021.
+Deviations from the paper, each with the flag that goes back where there is one; docs/sac_iterative.md says why:
+ 1. f_φ and ω_φ also see μ and log σ. `--inputs grads`: (15).
+ 2. Updates and gradients are those of log σ, and its proposal is bounded.
+ 3. ∇J̃ is scaled to a root mean square of 1. `--input-norm none`: as it is; `layer`: as in the author's code.
+ 4. φ learns from the mean of J̃ over iterations, each through its own step. The paper does not say from which.
+ 5. Q is the minimum of twin critics, as in SAC. `--pessimism 0`: their mean.
  6. 10 action samples instead of 200 where there is no GPU. `--action-samples 200`.
- 7. Evaluation draws nothing: tanh μ, with the gradients' noise at the same quantiles of the normal in every state.
+ 7. Evaluation draws nothing: it acts with tanh μ, and the noise in ∇J̃ is fixed.
 
     python sac_iterative.py --env-id HalfCheetah-v4
     python sac_iterative.py --inference direct --prior uniform --action-samples 1    # is SAC
@@ -70,9 +67,6 @@ Seed = Annotated[int, (0, 2**31)]
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
 Number = Annotated[float | None, (-1e9, 1e9)]
-Samples = Annotated[int, (0, 1e6)]
-Deviation = Annotated[float, (0.01, 100)]
-Pessimism = Annotated[float, (0, 100)]
 
 
 @dataclasses.dataclass
@@ -108,20 +102,19 @@ class Args:
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     inference: Literal["iterative", "direct"] = "iterative"  # how the policy comes about: K gated updates, or one guess
     inference_iters: Count = 2  # K: iterations of iterative inference
-    action_samples: Samples = 0  # actions that estimate the policy objective J̃; 0: 200 on CUDA, 10 on the CPU
+    action_samples: Annotated[int, (0, 1e6)] = 0  # actions that estimate J̃ of a state; 0: 200 on CUDA, 10 on the CPU
     prior: Literal["gaussian", "uniform"] = "gaussian"  # prior of the action: tanh of N(0, prior_std²), or uniform
-    prior_std: Deviation = 1.0  # standard deviation of the Gaussian prior, where inference starts under either prior
+    prior_std: Annotated[float, (0.01, 100)] = 1.0  # of the Gaussian prior; inference starts there under either prior
     inputs: Literal["params_grads", "grads"] = "params_grads"  # inference network sees state, λ and ∇J̃, or no λ
     input_norm: Literal["rms", "layer", "none"] = "rms"  # ∇J̃ per state to unit size; or standardised, as is λ; or raw
-    pessimism: Pessimism = 0.5**0.5  # c of mean − c·std over the twin critics; √½ is their minimum
+    pessimism: Annotated[float, (0, 100)] = 0.5**0.5  # c of mean − c·std over the twin critics; √½ is their minimum
 
     def conflicts(self):
-        """(flag, rule) of every combination of the algorithm's flags that cannot work, or where one has no effect."""
-        for name in ("inference_iters", "inputs", "input_norm") if self.inference == "direct" else ():
-            if getattr(self, name) != getattr(Args, name):
-                yield name, "has no effect with --inference direct"
-        if self.inference == "direct" and self.prior == "uniform" and self.prior_std != 1:
-            yield "prior_std", "has no effect with --inference direct --prior uniform"
+        """(flag, rule) of every flag of the algorithm that has no effect."""
+        for name in ("inference_iters", "inputs", "input_norm", "prior_std"):
+            used = self.inference == "iterative" or name == "prior_std" and self.prior == "gaussian"
+            if not used and getattr(self, name) != getattr(Args, name):
+                yield name, f"has no effect with --inference direct --prior {self.prior}"
 
     def floats(self, obs_dim, action_dim):
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
@@ -199,32 +192,32 @@ class StackedMLP(nn.Module):
 
 
 class InferenceNetwork(StackedMLP):
-    """λ = (μ, log σ) guessed from the state (direct), or updated from λ and the gradient of J̃ there (iterative)."""
+    """λ = (μ, log σ): guessed from the state (direct), or updated by what the gradient of J̃ is there (iterative)."""
 
     def __init__(self, args, obs_dim, action_dim, dtype):
-        blocks = {"grads": 2, "params_grads": 4}[args.inputs] if args.inference == "iterative" else 0
-        out_dim = (4 if args.inference == "iterative" else 2) * action_dim
-        dims = (obs_dim + blocks * action_dim, args.hidden_dim, args.hidden_dim, out_dim)
+        direct = args.inference == "direct"
+        inputs = 0 if direct else {"grads": 2, "params_grads": 4}[args.inputs]  # per action dimension, beside the state
+        outputs = 2 if direct else 4
+        dims = (obs_dim + inputs * action_dim, args.hidden_dim, args.hidden_dim, outputs * action_dim)
         super().__init__((args.trials,), dims, dtype=dtype)
-        self.blocks, self.norm = blocks, args.input_norm
-
-    def scaled(self, params, grad):
-        """The inputs beside the state, scaled per state: (trials, n, 2, action_dim) each."""
-        if self.norm == "rms":
-            grad = grad * (grad.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
-        elif self.norm == "layer" and grad.shape[-1] > 1:  # one number has no spread to divide by
-            params, grad = (F.layer_norm(x, x.shape[-1:], eps=1e-12) for x in (params, grad))
-        return (params, grad) if self.blocks == 4 else (grad,)
+        self.args = args
 
     def forward(self, obs, params, grad):
-        """The next λ (trials, n, 2, action_dim) and the gate, None where there is none."""
-        inputs = [x.flatten(-2) for x in self.scaled(params, grad)] if self.blocks else []
-        out = super().forward(torch.cat([obs, *inputs], -1)).unflatten(-1, (-1, *params.shape[-2:]))
-        mean, log_std = out[..., 0, :, :].unbind(-2)
+        """The next λ (trials, n, 2, action_dim) and its gate. Without a gradient: a guess, which has no gate."""
+        inputs = [obs]
+        if grad is not None:
+            if self.args.input_norm == "rms":
+                grad = F.rms_norm(grad, grad.shape[-1:], eps=1e-12)
+            seen = torch.cat([params, grad], -2) if self.args.inputs == "params_grads" else grad
+            if self.args.input_norm == "layer" and seen.shape[-1] > 1:  # one number has no spread to divide by
+                seen = F.layer_norm(seen, seen.shape[-1:], eps=1e-12)
+            inputs.append(seen.flatten(-2))
+        out = super().forward(torch.cat(inputs, -1)).unflatten(-1, (-1, params.shape[-1]))
+        mean, log_std, *gate = out.unbind(-2)  # (trials, n, action_dim) each
         proposal = torch.stack([mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)], -2)
-        if not self.blocks:
+        if grad is None:
             return proposal, None
-        gate = out[..., 1, :, :].sigmoid()
+        gate = torch.stack(gate, -2).sigmoid()
         return gate * params + (1 - gate) * proposal, gate  # eq. (15)
 
 
@@ -233,7 +226,7 @@ class Agent(nn.Module):
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
+        self.args, trials, hidden = args, args.trials, (args.hidden_dim, args.hidden_dim)
         low = torch.bfloat16 if args.matmul_precision == "medium" else None
         self.actor = InferenceNetwork(args, obs_dim, action_dim, low)
         self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
@@ -241,16 +234,16 @@ class Agent(nn.Module):
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
         self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
-        self.uniform_kl = action_dim * math.log(2)  # KL(π ‖ uniform) is this less the entropy
+        self.kl_constant = action_dim * math.log(2) if args.prior == "uniform" else 0.0  # which kl() leaves out
         self.iterative = args.inference == "iterative"
         self.iters = args.inference_iters if self.iterative else 1
 
-        prior = torch.tensor([0.0, math.log(args.prior_std)])
         args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # a run saves what it took
         # The noise of deterministic actions: quantiles of the normal, in another order in each dimension.
-        quantiles = torch.special.ndtri((torch.arange(args.action_samples) + 0.5) / args.action_samples)
+        quantiles = torch.special.ndtri(torch.arange(0.5, args.action_samples) / args.action_samples)
         order = torch.rand(args.action_samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
-        self.register_buffer("prior", prior.view(1, 1, 2, 1).expand(1, 1, 2, action_dim).clone())
+        prior = torch.tensor([[0.0], [math.log(args.prior_std)]])
+        self.register_buffer("prior", prior.repeat(1, 1, 1, action_dim))  # its λ
         self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
         self.to(args.device)
 
@@ -280,39 +273,41 @@ class Agent(nn.Module):
         return log_prob.sum(-1, keepdim=True).mean(1)
 
     def kl(self, params, noise):
-        """KL(π ‖ p) to the prior (trials, n, 1); to a uniform one by the samples, without its constant |A| ln 2."""
+        """KL(π ‖ p) (trials, n, 1); to a uniform prior by the sampled actions, and without its constant |A| ln 2."""
         if self.args.prior == "uniform":
-            return self.log_prob(params, noise)
+            return self.log_prob(params, noise)  # eq. (12)
         mean, log_std = (params - self.prior).unbind(-2)
-        mean = mean / self.args.prior_std  # both are squashed by the same tanh, which leaves the KL as it was
+        mean = mean / self.args.prior_std  # policy and prior have the same tanh, which leaves the KL as it was
         return (0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std).sum(-1, keepdim=True)
 
     def objective(self, critic, obs, params, noise):
-        """J̃ and its KL (trials, n, 1) at the actions that the noise (trials, samples, n, action_dim) brings about."""
+        """J̃ and its KL, (trials, n, 1) each, by the actions of the noise (trials, samples, n, action_dim)."""
         mean, log_std = params.unsqueeze(1).unbind(-2)  # (trials, 1, n, action_dim)
-        action = (mean + log_std.exp() * noise).tanh()  # (trials, samples, n, action_dim), eq. (13, 14)
+        action = (mean + log_std.exp() * noise).tanh()  # eq. (13, 14)
         states = obs.unsqueeze(1).expand(-1, action.shape[1], -1, -1)
         q = critic(torch.cat([states, action], -1).flatten(1, 2))  # (2, trials, samples * n, 1)
-        q = q.mean(0) - self.args.pessimism / math.sqrt(2) * (q[0] - q[1]).abs()
+        q = q.mean(0) - self.args.pessimism / math.sqrt(2) * (q[0] - q[1]).abs()  # q.std(0) has no gradient at 0
         kl = self.kl(params, noise)
         return q.unflatten(1, action.shape[1:3]).mean(1) - self.log_alpha.exp() * kl, kl  # eq. (16)
 
+    @torch.enable_grad()  # acting and targets come here without
     def gradient(self, obs, params, noise=None):
         """∇J̃ with respect to (μ, log σ) of each state, shaped like params; J̃; KL. Fresh noise unless it is given."""
         noise = self.noise(obs, self.args.action_samples) if noise is None else noise
-        with torch.enable_grad():  # acting and targets come here without
-            params = params.detach().requires_grad_()
-            objective, kl = self.objective(self.critic, obs, params, noise)
-            (grad,) = torch.autograd.grad(objective.sum(), params)  # states are independent; Q's weights get none
+        params = params.detach().requires_grad_()
+        objective, kl = self.objective(self.critic, obs, params, noise)
+        (grad,) = torch.autograd.grad(objective.sum(), params)  # states are independent; Q's weights get none
         return grad, objective.detach(), kl.detach()
 
     def infer(self, obs, iters=None, noise=None):
-        """E-step: λ_0 = prior, ..., λ_K; what was measured at each; gates. A step is differentiable, a chain is not."""
+        """E-step: λ_0 = prior, ..., λ_K, each differentiable by its own step; ∇J̃, J̃, KL at all but λ_K; gates."""
         trace, measured, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], []
         for _ in range(self.iters if iters is None else iters):
-            measured.append(self.gradient(obs, trace[-1], noise) if self.iterative else (None,))
-            params, gate = self.actor(obs, trace[-1].detach(), measured[-1][0])  # direct: sees obs alone
-            trace, gates = [*trace, params], [*gates, gate]
+            params = trace[-1].detach()
+            measured.append(self.gradient(obs, params, noise) if self.iterative else (None, None, None))
+            params, gate = self.actor(obs, params, measured[-1][0])
+            trace.append(params)
+            gates.append(gate)
         return trace, measured, gates
 
     @torch.no_grad()
@@ -329,23 +324,21 @@ class Agent(nn.Module):
         opt.step()
 
     def actor_loss(self, obs):
-        """Losses of the inference network and of α, and metrics. Gradients that served as inputs serve again."""
+        """Loss of the inference network and of α, and metrics."""
         trace, measured, gates = self.infer(obs)
         noise = self.noise(obs, self.args.action_samples)
         measured.append(self.gradient(obs, trace[-1], noise))  # at λ_K
-        _, objective, kl = measured[-1]
-        # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ), at the cost of the inference network alone.
-        losses = [-(trace[k] * measured[k][0]).sum((-2, -1)).mean(-1).sum() for k in range(1, len(trace))]
-        loss = sum(losses) / len(losses)
-
-        gaussian = self.args.prior == "gaussian"
-        log_prob = self.log_prob(trace[-1].detach(), noise) if gaussian else kl
-        loss = loss - (self.log_alpha.exp() * (log_prob + self.target_entropy)).mean((-2, -1)).sum()
-        metrics = {"policy/entropy": -log_prob, "policy/kl": kl + self.uniform_kl * (not gaussian)}
+        grads, objectives, kls = zip(*measured)
+        # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ). Inference has measured ∇J̃: no critic is asked again.
+        gain = (torch.stack(trace[1:]) * torch.stack(grads[1:])).sum((-2, -1))  # (iterations, trials, n)
+        log_prob = kls[-1] if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
+        alpha_loss = -self.log_alpha.exp() * (log_prob + self.target_entropy)
+        metrics = {"policy/entropy": -log_prob, "policy/kl": kls[-1] + self.kl_constant}
         if self.iterative:
-            metrics |= {"policy/objective_prior": measured[0][1], "policy/objective_first": measured[1][1],
+            metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": objectives[1],
                         "policy/gate": torch.stack(gates).detach().mean(0).flatten(-2)}
-        return loss, metrics | {"policy/objective_last": objective}
+        metrics["policy/objective_last"] = objectives[-1]
+        return alpha_loss.mean((-2, -1)).sum() - gain.mean((0, -1)).sum(), metrics
 
     def update(self, batch):
         """One step of critics, inference network and α on columns (trials, n, ·); returns metrics, (trials, n, ·)."""
