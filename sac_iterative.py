@@ -192,7 +192,7 @@ class StackedMLP(nn.Module):
 
 
 class InferenceNetwork(StackedMLP):
-    """λ = (μ, log σ): guessed from the state (direct), or updated by what the gradient of J̃ is there (iterative)."""
+    """λ = (μ, log σ): guessed from the state (direct), or updated by the gradient of J̃ at it (iterative)."""
 
     def __init__(self, args, obs_dim, action_dim, dtype):
         direct = args.inference == "direct"
@@ -243,7 +243,7 @@ class Agent(nn.Module):
         quantiles = torch.special.ndtri(torch.arange(0.5, args.action_samples) / args.action_samples)
         order = torch.rand(args.action_samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
         prior = torch.tensor([[0.0], [math.log(args.prior_std)]])
-        self.register_buffer("prior", prior.repeat(1, 1, 1, action_dim))  # its λ
+        self.register_buffer("prior", prior.repeat(1, 1, 1, action_dim))  # λ_0
         self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
         self.to(args.device)
 
@@ -255,9 +255,9 @@ class Agent(nn.Module):
         self.learn = captured(self.learn, args)  # with --cuda-graph
 
     @torch.no_grad()
-    def act(self, obs, deterministic=False, iters=None):
-        """Actions (trials, n, action_dim) sampled from the policy of any number of iterations, or its mean action."""
-        mean, log_std = self.infer(obs, iters, self.quantiles if deterministic else None)[0][-1].unbind(-2)
+    def act(self, obs, deterministic=False):
+        """Actions (trials, n, action_dim) sampled from the inferred policy, or its mean action for evaluation."""
+        mean, log_std = self.infer(obs, self.quantiles if deterministic else None)[0][-1].unbind(-2)
         return (mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)).tanh()
 
     def noise(self, obs, samples):
@@ -299,10 +299,10 @@ class Agent(nn.Module):
         (grad,) = torch.autograd.grad(objective.sum(), params)  # states are independent; Q's weights get none
         return grad, objective.detach(), kl.detach()
 
-    def infer(self, obs, iters=None, noise=None):
+    def infer(self, obs, noise=None):
         """E-step: λ_0 = prior, ..., λ_K, each differentiable by its own step; ∇J̃, J̃, KL at all but λ_K; gates."""
         trace, measured, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], []
-        for _ in range(self.iters if iters is None else iters):
+        for _ in range(self.iters):
             params = trace[-1].detach()
             measured.append(self.gradient(obs, params, noise) if self.iterative else (None, None, None))
             params, gate = self.actor(obs, params, measured[-1][0])
@@ -329,7 +329,7 @@ class Agent(nn.Module):
         noise = self.noise(obs, self.args.action_samples)
         measured.append(self.gradient(obs, trace[-1], noise))  # at λ_K
         grads, objectives, kls = zip(*measured)
-        # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ). Inference has measured ∇J̃: no critic is asked again.
+        # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ). All but the last ∇J̃ are at hand: they were inputs.
         gain = (torch.stack(trace[1:]) * torch.stack(grads[1:])).sum((-2, -1))  # (iterations, trials, n)
         log_prob = kls[-1] if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
         alpha_loss = -self.log_alpha.exp() * (log_prob + self.target_entropy)

@@ -72,13 +72,14 @@ def best(trace, values):
 
 
 def roll_out(agent, args, episodes, iters):
-    """The script's evaluation with K = iters: returns (trials, episodes), the states met (trials, steps, episodes,
-    obs_dim), and at which of them the episode was not over yet (trials, steps, episodes)."""
+    """The script's evaluation with K = iters, which the agent keeps: returns (trials, episodes), the states met
+    (trials, steps, episodes, obs_dim), and at which of them the episode was not over yet (trials, steps, episodes)."""
+    agent.iters = iters
     states = []
 
     def act(obs, **flags):
         states.append(obs)
-        return agent.act(obs, iters=iters, **flags)
+        return agent.act(obs, **flags)
 
     found = SAC.evaluate(SimpleNamespace(act=act), SAC.make_envs(args, args.trials * episodes), args)
     running = np.arange(len(states))[:, None] < found["eval/length"][:, None]
@@ -147,7 +148,7 @@ class Improvement(Experiment):
         obs = [state[torch.as_tensor(on)][place] for state, on, place in zip(states, running, places)]
         obs = torch.stack(obs)  # (trials, n, obs_dim)
         noise = common_noise(obs, self.samples, agent.prior.shape[-1], self.seed)
-        value = torch.stack([estimate(agent, obs, params, noise) for params in agent.infer(obs, self.iters)[0]])
+        value = torch.stack([estimate(agent, obs, params, noise) for params in agent.infer(obs)[0]])
         for k in range(self.iters + 1):
             returns = roll_out(agent, saved, self.episodes, k)[0]
             for trial in range(saved.trials):

@@ -91,7 +91,8 @@ def test_no_iterations_are_the_prior():
     """J̃(λ_0) is the mean over the prior's actions of the lower twin: its KL is 0."""
     agent, obs = build(), states()
     noise = INF.common_noise(obs, 50, ACT, 0)
-    (params,) = agent.infer(obs, 0)[0]
+    agent.iters = 0
+    (params,) = agent.infer(obs)[0]
     action = (PRIOR_STD * noise[0]).tanh()  # (samples, n, action_dim)
     q = agent.critic(torch.cat([obs.expand(50, -1, -1), action], -1).flatten(0, 1)[None])
     torch.testing.assert_close(INF.estimate(agent, obs, params, noise), q.amin(0).view(50, -1).mean(0)[None])

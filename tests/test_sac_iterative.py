@@ -128,7 +128,7 @@ def test_log_prob_and_kl_to_uniform_by_integration():
 
 def test_prior_has_no_kl_and_no_gradient_of_it():
     agent = build(prior_std=0.6)
-    params = agent.infer(states(), iters=0)[0][-1].clone().requires_grad_()
+    params = agent.infer(states())[0][0].clone().requires_grad_()
     kl = agent.kl(params, None)
     (grad,) = torch.autograd.grad(kl.sum(), params)
     assert kl.abs().max() < 1e-15 and grad.abs().max() < 1e-15
@@ -169,7 +169,8 @@ def test_gate_keeps_or_replaces(iters, bias):
     last.weight.data.zero_()
     last.bias.data[..., : 2 * ACT] = torch.tensor([0.3, -4.0, 9.0, -9.0])
     last.bias.data[..., 2 * ACT :] = bias
-    params = agent.infer(states().float(), iters)[0][-1]
+    agent.iters = iters
+    params = agent.infer(states().float())[0][-1]
     start = torch.tensor([[0.0, 0.0], [math.log(50.0)] * 2])
     expected = start if bias > 0 else torch.tensor([[0.3, -4.0], [SAC.LOG_STD_MAX, SAC.LOG_STD_MIN]])
     assert torch.equal(params, expected.expand(1, 6, 2, ACT))
@@ -212,11 +213,12 @@ def test_network_gradient_is_that_of_the_objective_of_each_step(monkeypatch):
 @both
 def test_no_iterations_return_the_prior(inference):
     agent, obs = build(inference=inference, prior_std=0.5, prior="uniform"), states(2000)
-    (params,), measured, gates = agent.infer(obs, iters=0)
+    agent.iters = 0
+    (params,), measured, gates = agent.infer(obs)
     assert not measured and not gates
     assert torch.equal(params, torch.tensor([[0.0] * ACT, [math.log(0.5)] * ACT]).double().expand(1, 2000, 2, ACT))
-    assert not agent.act(obs, deterministic=True, iters=0).any()
-    u = agent.act(obs, iters=0).atanh()
+    assert not agent.act(obs, deterministic=True).any()
+    u = agent.act(obs).atanh()
     assert u.mean().item() == pytest.approx(0, abs=0.03) and u.std().item() == pytest.approx(0.5, abs=0.03)
 
 
@@ -225,13 +227,16 @@ def test_no_iterations_return_the_prior(inference):
 def test_acting_needs_no_gradients_and_any_number_of_iterations(inference):
     """The deterministic action is a function of the state, and leaves the random numbers of a run as they are."""
     agent, obs = build(inference=inference), states()
-    random = torch.get_rng_state()
-    actions = [agent.act(obs, deterministic=True, iters=k) for k in (1, 2, 5, 20)]
+    random, actions = torch.get_rng_state(), []
+    default = agent.act(obs, deterministic=True)
+    for k in (1, 2, 20, 5):
+        agent.iters = k
+        actions.append(agent.act(obs, deterministic=True))
     assert torch.equal(torch.get_rng_state(), random)
     assert all(action.shape == (1, 6, ACT) and not action.requires_grad and action.abs().max() < 1 for action in actions)
-    assert (torch.equal(actions[0], actions[3])) == (inference == "direct")
-    assert torch.equal(agent.act(obs, deterministic=True), actions[1])
-    torch.testing.assert_close(agent.act(obs[:, 4:5], deterministic=True, iters=5), actions[2][:, 4:5])
+    assert (torch.equal(actions[0], actions[2])) == (inference == "direct")
+    assert torch.equal(default, actions[1])
+    torch.testing.assert_close(agent.act(obs[:, 4:5], deterministic=True), actions[3][:, 4:5])
     assert not torch.equal(agent.act(obs), agent.act(obs))
 
 
@@ -252,7 +257,8 @@ def test_one_action_dimension(norm, inputs):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in agent.actor.parameters())
     zero = torch.zeros(1, 6, 2, 1, dtype=torch.float64)
     assert agent.actor(obs, zero, zero)[0].isfinite().all()  # a gradient of 0 has no scale
-    assert agent.act(obs, iters=20).isfinite().all()
+    agent.iters = 20
+    assert agent.act(obs).isfinite().all()
 
 
 class Valley(nn.Module):
@@ -275,7 +281,7 @@ def test_inference_finds_the_optimum_of_a_known_critic(inference):
         adam.step()
     noise = torch.randn(1, 500, 200, ACT)
     value = lambda params: agent.objective(agent.critic, obs, params, noise)[0].mean().item()
-    leaf = agent.infer(obs, iters=0)[0][0].clone().requires_grad_()
+    leaf = agent.infer(obs)[0][0].clone().requires_grad_()
     prior, inferred, adam = value(leaf), value(agent.infer(obs)[0][-1]), torch.optim.Adam([leaf], 0.03)
     for _ in range(300):
         (-agent.objective(agent.critic, obs, leaf, noise)[0].sum()).backward(inputs=[leaf])
