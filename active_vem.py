@@ -704,7 +704,7 @@ def evaluate(agent, envs, args, stop=()):
     """Metric -> (trials, episodes): q(a), then p(a); means of q(z) and of actions, fixed seeds, or until a signal."""
     metrics = {}
     for policy, suffix in (("posterior", ""), ("prior", "_prior")):
-        obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
+        obs, _ = envs.reset(seed=args.seed + 10_000)
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
         alive = np.ones(envs.num_envs, bool)
         last = None

@@ -478,7 +478,7 @@ def train(args):
 @torch.no_grad()
 def evaluate(agent, envs, args, stop=()):
     """Metric -> (trials, episodes) of one episode per environment: deterministic actions, fixed seeds."""
-    obs, _ = envs.reset(seed=[args.seed + 10_000 + i for i in range(envs.num_envs)])
+    obs, _ = envs.reset(seed=args.seed + 10_000)
     returns, discounted, lengths = np.zeros((3, envs.num_envs))
     alive = np.ones(envs.num_envs, bool)
     while alive.any() and lengths.max() < args.max_eval_steps and not stop:
