@@ -21,6 +21,7 @@ import grid
 import numpy as np
 import tyro
 from common import band, curve, fail, group, labelled, metrics_of, publish
+from matplotlib.ticker import EngFormatter
 
 LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_error"}
 NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted return", "model/beta": "β",
@@ -131,6 +132,7 @@ def draw_panel(args, axis, rows, task, metric, labels):
     what = f"geometric {what}" if metric in LOG_METRICS else what
     counts = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
     axis.set_xlabel("environment steps per trial")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
     axis.set_ylabel("one trial" if counts == "1" else f"{what}, {counts} trials", fontsize=7)
 
 

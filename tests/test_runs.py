@@ -814,7 +814,7 @@ def test_parameter_that_is_not_finite_stops_the_run(name, row, capsys, monkeypat
 def test_evaluate_prints_the_returns_of_the_saved_agent(name, finished, copy_of, capsys):
     """Against a plain loop over one environment at a time."""
     folder, agent = copy_of(name), finished[name].agent
-    mean_of = agent.actor if name in MODEL_BASED else lambda obs: agent.infer(obs, 2, agent.quantiles)[0][-1].unbind(-2)
+    mean_of = agent.actor if name in MODEL_BASED else lambda obs: agent.infer(obs, agent.quantiles)[0][-1].unbind(-2)
     before, returns = files(folder), np.zeros((2, 3))
     env = gym.make("InvertedPendulum-v4")
     for i in range(6):
