@@ -43,8 +43,8 @@ Deviations from the paper, each with the flag that goes back to its letter where
     others' 10 z goes to its bounds in some trials. And z learns no faster than the critic (`--model-learning-rate`):
     at the others' 3e-3 some trials lose for a while what they had learned.
 
-    python active_vem.py --env-id DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
-    python active_vem.py --env-id Pendulum-v1 --mask velocity
+    python active_vem.py --env-id benchmarks.tasks:DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
+    python active_vem.py --env-id benchmarks.tasks:PositionsPendulum-v1
 """
 
 import contextlib
@@ -76,9 +76,6 @@ MEAN_MAX = 10.0  # of z and of atanh(a)
 RATE_HOLD = 1000  # updates after which the model's rate begins to fall, as one over their square root
 POLICY_EVERY = 2  # q(a) and p(a) learn from every other row of an update, to save time
 UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
-# Tasks whose observation is so many positions (sines and cosines too) followed by velocities and forces.
-POSITIONS = {"Pendulum": 2, "MountainCarContinuous": 1, "InvertedPendulum": 2, "InvertedDoublePendulum": 5, "Hopper": 5,
-             "Walker2d": 8, "HalfCheetah": 8, "Swimmer": 3, "Ant": 13}
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
@@ -112,10 +109,7 @@ class Args:
     resume: str = ""  # run directory to continue; only how it runs, logs and evaluates may change
     evaluate: str = ""  # run directory whose saved agent is evaluated instead of training
 
-    agent: Literal["generative", "discriminative", "memoryless"] = "generative"  # with a model, without, without z
-    mask: Literal["none", "velocity", "position"] = "none"  # what is hidden of the observation, on tasks known by name
-    noise: Weight = 0.0  # standard deviation of Gaussian noise added to the observation
-    act: Literal["posterior", "prior"] = "posterior"  # which of q(a) and p(a) acts while learning; both are evaluated
+    agent: Literal["generative", "discriminative"] = "generative"  # with a model of what it sees, or without
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.02  # step of the target critic towards the critic
     hidden_dim: Count = 128  # width of the two hidden layers of actor and critics
@@ -141,14 +135,9 @@ class Args:
 
     def conflicts(self):
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
-        if self.mask != "none" and task_name(self.env_id) not in POSITIONS:
-            yield "mask", f"only on {', '.join(POSITIONS)}"
         for flag in ("marginal_weight", "info_weight"):
             if getattr(self, flag) and self.agent != "generative":
                 yield flag, "needs --agent generative, which has a model"
-        for flag in ("model_learning_rate", "max_grad_norm"):
-            if getattr(self, flag) and self.agent == "memoryless":
-                yield flag, "needs an agent with a latent state"
         if self.alpha and self.kl_target:
             yield "kl_target", "has no effect beside --alpha"
 
@@ -160,52 +149,6 @@ class Args:
         policy = 24 * self.hidden_dim * (self.hidden_dim + batch)
         model = 24 * self.model_dim * (self.model_dim + batch * samples)
         return self.trials * (rows + policy + model)
-
-    def wrap(self, env):
-        """The task, with a part of its observation hidden and noise on the rest."""
-        if self.mask == "none" and self.noise == 0:
-            return env
-        env, positions = gym.wrappers.FlattenObservation(env), POSITIONS.get(task_name(self.env_id))
-        shown = {"none": slice(None), "velocity": slice(positions), "position": slice(positions, None)}[self.mask]
-        space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.low[shown].shape)
-
-        def see(obs):
-            return (obs[shown] + self.noise * env.np_random.normal(size=space.shape)).astype(np.float32)
-
-        return gym.wrappers.TransformObservation(env, see, space)
-
-
-def task_name(env_id):
-    """module:Pendulum-v1 -> Pendulum."""
-    return env_id.split(":")[-1].rpartition("-v")[0]
-
-
-class DoubleIntegrator(gym.Env):
-    """A mass on a line between two walls, pushed towards 0; only its position is seen, with noise."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-    dt, force, noise, start, wall = 0.2, 4.0, 0.05, (1.0, 0.5), 5.0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position, self.velocity = self.np_random.normal(0, self.start)
-        return self.observe(), {}
-
-    def observe(self):
-        return np.array([self.position + self.noise * self.np_random.normal()], np.float32)
-
-    def step(self, action):
-        push = float(np.clip(action[0], -1, 1))
-        reward = -(self.position**2 + 0.1 * self.velocity**2 + 0.05 * push**2)
-        self.position += self.dt * self.velocity + 0.5 * self.dt**2 * self.force * push
-        self.velocity += self.dt * self.force * push
-        if abs(self.position) > self.wall:
-            self.position, self.velocity = math.copysign(self.wall, self.position), 0.0
-        return self.observe(), reward, False, False, {}
-
-
-gym.register("DoubleIntegrator-v0", DoubleIntegrator, max_episode_steps=50)
 
 
 class EpisodeBuffer:
@@ -363,10 +306,8 @@ class Agent(nn.Module):
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        self.args, self.action_dim, trials = args, action_dim, args.trials
-        self.generative, self.memoryless = args.agent == "generative", args.agent == "memoryless"
-        self.discriminative = args.agent == "discriminative"
-        self.latent_dim = obs_dim if self.memoryless else args.latent_dim
+        self.args, self.action_dim, self.latent_dim, trials = args, action_dim, args.latent_dim, args.trials
+        self.generative = args.agent == "generative"
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1, self.latent_dim, 1)  # of a row of EpisodeBuffer
         self.percepts = Normalizer(trials, obs_dim + 1)  # a percept is an observation and the reward that came with it
         self.changes = Normalizer(trials, obs_dim)  # of an observation since the one before
@@ -383,13 +324,11 @@ class Agent(nn.Module):
         policies = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
 
         self.first_latent = nn.Parameter(torch.zeros(trials, 1, self.latent_dim))  # before an episode's first step
-        self.model = []  # its parameters
-        if not self.memoryless:
-            before = self.latent_dim + action_dim
-            full = before + 2 * obs_dim + 1  # also sight: a percept, and how the observation has changed
-            self.latent_posterior = Gaussian(trials, full, args.model_dim, self.latent_dim)
-            self.latent_prior = Gaussian(trials, before if self.generative else full, args.model_dim, self.latent_dim)
-            self.model += [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
+        before = self.latent_dim + action_dim
+        full = before + 2 * obs_dim + 1  # also sight: a percept, and how the observation has changed
+        self.latent_posterior = Gaussian(trials, full, args.model_dim, self.latent_dim)
+        self.latent_prior = Gaussian(trials, before if self.generative else full, args.model_dim, self.latent_dim)
+        self.model = [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
         if self.generative:
             dims = (self.latent_dim, args.model_dim, args.model_dim, obs_dim + 2)
             self.decoder = StackedMLP((trials,), dims, F.silu)
@@ -400,12 +339,11 @@ class Agent(nn.Module):
         self.to(args.device)
 
         self.kl_target = args.kl_target or action_dim * (0.5 if args.action_prior == "learned" else 1.2)
-        self.max_grad_norm = args.max_grad_norm or (0.3 if self.discriminative else 10.0)  # see deviation 9
-        self.first_rate = args.model_learning_rate or (1e-3 if self.discriminative else 3e-3)
-        self.opts = {"policies": torch.optim.Adam(policies, args.learning_rate, fused=True, capturable=True)}
-        if self.model:
-            rate = torch.tensor(self.first_rate, device=args.device)
-            self.opts["model"] = torch.optim.Adam(self.model, rate, fused=True, capturable=True)
+        self.max_grad_norm = args.max_grad_norm or (10.0 if self.generative else 0.3)  # see deviation 9
+        self.first_rate = args.model_learning_rate or (3e-3 if self.generative else 1e-3)
+        rate = torch.tensor(self.first_rate, device=args.device)
+        self.opts = {"policies": torch.optim.Adam(policies, args.learning_rate, fused=True, capturable=True),
+                     "model": torch.optim.Adam(self.model, rate, fused=True, capturable=True)}
         self.learn = captured(self.learn, args)  # with --cuda-graph
 
     # What is inferred online
@@ -420,10 +358,8 @@ class Agent(nn.Module):
     def perceive(self, obs, latent, action, reward, last_obs, noise=None):
         """z_t given what is seen now, obs and reward, and what came before it; the mean of q where noise is 0."""
         noise = torch.randn_like(latent) if noise is None else noise
-        percept = self.percepts(torch.cat([obs, reward], -1))
-        if self.memoryless:
-            return percept[..., :-1]
-        return self.unroll(latent, action, torch.cat([percept, self.changes(obs - last_obs)], -1), noise)[0]
+        sight = torch.cat([self.percepts(torch.cat([obs, reward], -1)), self.changes(obs - last_obs)], -1)
+        return self.unroll(latent, action, sight, noise)[0]
 
     @torch.no_grad()
     def act(self, latent, policy="posterior", deterministic=False):
@@ -514,17 +450,15 @@ class Agent(nn.Module):
         percept = self.percepts(torch.cat([torch.cat([obs[:, :n], next_obs], 1), F.pad(reward, zeros)], -1))
         sight = torch.cat([percept, self.changes(F.pad(next_obs - obs, zeros))], -1)
         action = F.pad(action, zeros)
-        window = {"action": action, "percept": percept, "sight": sight, "ended": F.pad(ended, zeros),
-                  "weight": torch.cat([weight[:, :n] * begins, weight], 1)}
-        if self.memoryless:
-            return window | {"latent": percept[..., :-1]}
         before = self.first_latent.expand(-1, n, -1)
         noise = torch.randn(*percept.shape[:2], self.latent_dim, device=rows.device)
         first = self.unroll(before, action[:, :n], sight[:, :n], noise[:, :n])
         first[0] = torch.where(begins, first[0], stored[:, :n])
         rest = self.unroll(first[0], action[:, n:], sight[:, n:], noise[:, n:])
         latent, *posterior = (torch.cat(parts, 1) for parts in zip(first, rest))
-        return window | {"before": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior}
+        return {"before": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior,
+                "action": action, "percept": percept, "sight": sight, "ended": F.pad(ended, zeros),
+                "weight": torch.cat([weight[:, :n] * begins, weight], 1)}
 
     def model_loss(self, before, latent, posterior, action, percept, sight, ended, weight):
         """−(8), or α KL of (6) in units of reward, as a mean over steps; and the terms in nats, each (trials,)."""
@@ -587,24 +521,21 @@ class Agent(nn.Module):
         with torch.no_grad():
             next_value = self.soft_value(latent[:, n:], self.critic_target)
             target = reward / self.percepts.std[..., -1:] + self.args.gamma * (1 - terminated) * next_value
-        shaped = latent if self.discriminative else latent.detach()
-        loss, metrics = self.critic_loss(shaped[:, :-n], action, target, weight.flatten(1, 2))
-        if not self.memoryless:
-            model_loss, terms = self.model_loss(**window)
-            loss, metrics = loss + model_loss, metrics | terms
-        loss.backward()  # E-step of q(z), M-step of the model
+        shaped = latent.detach() if self.generative else latent
+        critic_loss, metrics = self.critic_loss(shaped[:, :-n], action, target, weight.flatten(1, 2))
+        model_loss, terms = self.model_loss(**window)
+        (critic_loss + model_loss).backward()  # E-step of q(z), M-step of the model
         loss, prior_loss, more = self.policy_losses(latent.detach()[:, ::POLICY_EVERY], going_on[:, ::POLICY_EVERY])
         loss.backward(inputs=self.policy)  # E-step of q(a), through critics and model, which get no gradient from it
         prior_loss.backward()  # M-step of p(a)
-        if not self.memoryless:
-            self.restrain_model()
+        self.restrain_model()
         for opt in self.opts.values():
             opt.step()
             opt.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
             self.updates += 1
-        return latent.detach().unflatten(1, (-1, n)), metrics | more
+        return latent.detach().unflatten(1, (-1, n)), metrics | terms | more
 
     def learn(self, buffer):
         """Updates on replayed windows, whose latent states the buffer keeps; returns metrics, each (trials,)."""
@@ -644,17 +575,12 @@ class Agent(nn.Module):
             self.changes.fit(next_obs - obs)
             return
         ratio, shift = self.percepts.std / std, (self.percepts.mean - mean) / std  # old = ratio * new + shift
-        if self.memoryless:
-            first, dims = 0, self.latent_dim  # where in its input a network reads observations
-            readers = [self.actor, self.prior_actor, self.critic, self.critic_target]
-        else:
-            first, dims = self.latent_dim + self.action_dim, ratio.shape[-1]  # or percepts
-            readers = [self.latent_posterior, self.latent_prior] if self.discriminative else [self.latent_posterior]
-        for net in readers:
+        first = self.latent_dim + self.action_dim  # behind it a network reads the percept
+        for net in [self.latent_posterior] if self.generative else [self.latent_posterior, self.latent_prior]:
             layer = net.layers[0]
-            weight = layer.weight[..., first : first + dims, :]  # (*stack, percept or observation, hidden)
-            layer.bias += shift[..., :dims] @ weight
-            weight *= ratio[..., :dims].mT
+            weight = layer.weight[:, first : first + ratio.shape[-1]]  # (trials, percept, hidden)
+            layer.bias += shift @ weight
+            weight *= ratio.mT
         if self.generative:
             out = self.decoder.layers[-1]
             out.weight[..., :-1] /= ratio
@@ -679,7 +605,7 @@ def train(args):
         time = run.column(run.envs.episode_lengths)
         last = [torch.where(time == 0, first, value) for first, value in zip(agent.begin(run.obs), last)]
         latent = agent.perceive(run.obs, *last)
-        action = agent.act(latent, args.act) if step > args.learning_starts else run.random_action()
+        action = agent.act(latent) if step > args.learning_starts else run.random_action()
 
         # remember: a time limit is not a termination, and an episode's last state is not the next one's first
         obs, reward, next_obs, terminated = run.step(action)
@@ -748,8 +674,7 @@ def make_envs(args, n):
         span = space.high - space.low if vector else np.zeros(0)
         if not span.size or not np.all((span > 0) & (span < np.inf)):
             raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
-        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))  # wrap: of active VEM
-        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
 
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     return gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, wrappers=[wrap], **render)

@@ -516,8 +516,7 @@ def make_envs(args, n):
         span = space.high - space.low if vector else np.zeros(0)
         if not span.size or not np.all((span > 0) & (span < np.inf)):
             raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
-        env = gym.wrappers.FlattenObservation(getattr(args, "wrap", gym.Wrapper)(env))  # wrap: of active VEM
-        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
 
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     return gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, wrappers=[wrap], **render)

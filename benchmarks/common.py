@@ -92,12 +92,12 @@ def run_args(run, flag="--runs", script=""):
     fail(f"{flag} {run}: no args.json, metrics.csv and checkpoint.pt of {script or 'a training script'} there")
 
 
-def open_run(run, flag="--runs", script="", device="cpu", seed=0, **changed):
-    """Agent, flags, replay buffer and step of a run; what follows draws its noise from the seed."""
+def open_run(run, flag="--runs", script="", seed=0, **changed):
+    """Agent, flags, replay buffer and step of a run, on the CPU; what follows draws its noise from the seed."""
     import torch
 
     name, saved = run_args(run, flag, script)
-    flags = vars(saved) | {"device": device, "run_dir": str(run)} | changed
+    flags = vars(saved) | {"device": "cpu", "run_dir": str(run)} | changed
     script, args, _, agent, buffer = build(name, **flags)
     step = script.load(args, agent, [buffer])
     torch.manual_seed(seed)  # after the checkpoint's own random state

@@ -17,7 +17,6 @@ import itertools
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -38,7 +37,7 @@ def common_noise(obs, samples, action_dim, seed):
     """Standard normal (trials, samples, n, action_dim) of a stream apart from the one that inference draws from."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, 16)).generate_state(1)[0]))
     shape = (obs.shape[0], samples, obs.shape[1], action_dim)
-    return torch.randn(shape, generator=generator, dtype=obs.dtype).to(obs.device)
+    return torch.randn(shape, generator=generator, dtype=obs.dtype)
 
 
 @torch.no_grad()
@@ -130,7 +129,6 @@ class Improvement(Experiment):
     episodes: int = 5  # per trial
     states: int = 1_000  # at most so many per trial, evenly spaced over the episodes
     samples: int = 200  # actions of the common noise
-    device: Literal["cpu", "cuda"] = "cpu"  # where all of it is computed
     seed: int = 0  # of the states, of the common noise and of inference
     name = "fig2"
     size = 13, 3.6
@@ -139,7 +137,7 @@ class Improvement(Experiment):
         return run_args(self.run, "--run", "sac_iterative")[1].env_id
 
     def measure(self):
-        agent, saved, *_ = open_run(self.run, "--run", "sac_iterative", self.device, self.seed)
+        agent, saved, *_ = open_run(self.run, "--run", "sac_iterative", seed=self.seed)
         if not agent.iterative:
             fail(f"--run {self.run}: its inference is direct, there is nothing to iterate")
         _, states, running = roll_out(agent, saved, self.episodes, self.iters)
@@ -178,12 +176,11 @@ class Gap(Experiment):
     flags: str = ""  # more flags of sac_iterative.py: --flags="--env-id Pendulum-v1 --trials 3"
     total_steps: int = 50_000  # of each mode
     pieces: int = 5  # measurements
-    run_dir: str = ""  # folder of the runs; default runs/ENV_ID/gap_DATE-TIME
+    run_dir: str = ""  # folder of the runs; default as for a single run
     states: int = 64  # per trial
     samples: int = 100  # actions of the common noise
     adam_steps: int = 100  # from λ_K and from λ_0 each
     adam_rate: float = 0.05  # learning rate
-    device: Literal["cpu", "cuda"] = "cpu"  # where the gap is measured; training has its own, in --flags
     seed: int = 0  # of the states and of the common noise
     name = "gap"
 
@@ -197,7 +194,7 @@ class Gap(Experiment):
         saved = SAC.parse_args(["--total-steps", str(self.total_steps), *words])
         if self.total_steps < self.pieces * saved.learning_starts:
             fail(f"--pieces {self.pieces}: a piece must not be shorter than --learning-starts {saved.learning_starts}")
-        self.run_dir = self.run_dir or str(Path(saved.run_dir).with_name(f"gap_{time.strftime('%Y%m%d-%H%M%S')}"))
+        self.run_dir = self.run_dir or saved.run_dir
         return saved.env_id
 
     def measure(self):
@@ -207,7 +204,7 @@ class Gap(Experiment):
             flags = ["--total-steps", str(steps), *(begin if piece == 1 else ["--resume", run])]
             if code := subprocess.run([sys.executable, str(ROOT / "sac_iterative.py"), *flags]).returncode:
                 sys.exit(code)  # the script has said why
-            agent, saved, buffer, _ = open_run(run, "--run-dir", "sac_iterative", self.device, self.seed)
+            agent, saved, buffer, _ = open_run(run, "--run-dir", "sac_iterative", seed=self.seed)
             measured = self.at(agent, buffer.sample(self.states)[..., : buffer.widths[0]])
             for trial in range(saved.trials):
                 now = {name: value[trial] for name, value in measured.items()}  # (n,) each
@@ -252,8 +249,6 @@ def main(args):
     at_least(args, **{name: least for name, least in LEAST.items() if hasattr(args, name)})
     if args.from_csv:
         return publish(args.out, None, args.draw, args.size)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: not there; use cpu")
     env_id = args.env_id()
     name = args.out or f"inference_{args.name}_{env_id.replace('/', '_').replace(':', '_')}"
     return publish(name, args.measure(), args.draw, args.size)

@@ -93,8 +93,8 @@ def rows_of(table):
             own = Contestant("steps", script, {"trials": trials}, rows, calls=250, parts=trials)
             yield f"{script}, {rows:,} rows, {trials} trial(s)", own, None
     if table == "latent":
-        for agent in ("generative", "discriminative", "memoryless"):
-            flags = {"agent": agent, "env_id": "Pendulum-v1", "mask": "velocity"}
+        for agent in ("generative", "discriminative"):
+            flags = {"agent": agent, "env_id": "benchmarks.tasks:PositionsPendulum-v1"}
             yield agent, Contestant("update", "active_vem", flags, rows=1_000), None
     if table == "memory":
         yield "sac_iterative, full buffer", Contestant("steps", "sac_iterative", rows=0, calls=4), None
@@ -129,15 +129,10 @@ def prepare(contestant):
     return args, envs, agent, [buffer, script.ReplayBuffer(args.trials, args.model_buffer_size, *sizes, args.device)]
 
 
-def own_update(contestant):
-    """An update; sac_iterative.py and active_vem.py learn once per step, as often as --updates-per-step says."""
+def own_call(contestant):
+    """A fit, or an update; sac_iterative.py and active_vem.py update as often per step as --updates-per-step says."""
     _, _, agent, buffers = prepare(contestant)
-    return lambda: agent.learn(*buffers)
-
-
-def own_fit(contestant):
-    _, _, agent, buffers = prepare(contestant)
-    return lambda: agent.fit_model(buffers[0])
+    return lambda: agent.fit_model(buffers[0]) if contestant.kind == "fit" else agent.learn(*buffers)
 
 
 def own_step(contestant):
@@ -224,7 +219,7 @@ def mbpo_pytorch(contestant):
 
 # The measurement
 
-KINDS = {"update": own_update, "fit": own_fit, "steps": own_step, "sb3": sb3, "mbpo_pytorch": mbpo_pytorch}
+KINDS = {"update": own_call, "fit": own_call, "steps": own_step, "sb3": sb3, "mbpo_pytorch": mbpo_pytorch}
 CALLS = []  # in a contestant's process: its call
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tiny_envs
 import torch
+from benchmarks import tasks as TASKS
 from conftest import load_script
 from torch.distributions import Normal, TanhTransform, kl_divergence
 
 VEM = load_script("active_vem")
-AGENTS = ["generative", "discriminative", "memoryless"]
+AGENTS = ["generative", "discriminative"]
 SMALL = {"hidden_dim": 16, "model_dim": 16, "latent_dim": 4, "windows": 6, "window_length": 5, "device": "cpu"}
 
 
@@ -372,7 +373,7 @@ def test_each_step_moves_its_own_networks(kind, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", watched)
     agent.learn(buffer)
     inference = {"generative": {"latent_posterior", "latent_prior", "first_latent", "decoder", "log_scale"},
-                 "discriminative": {"latent_posterior", "latent_prior", "first_latent"}, "memoryless": set()}[kind]
+                 "discriminative": {"latent_posterior", "latent_prior", "first_latent"}}[kind]
     assert moved == [{"critic"} | inference, {"actor", "log_alpha"}, {"prior_actor"}]
 
 
@@ -436,9 +437,8 @@ def test_later_scales_change_no_output_in_the_units_of_the_task(kind):
         found = {"q": agent.critic(torch.cat([latent, action], -1)) * unit, "alpha": agent.log_alpha.exp() * unit,
                  "target": agent.critic_target(torch.cat([latent, action], -1)) * unit,
                  "action": agent.act(latent, deterministic=True), "prior": agent.act(latent, "prior", deterministic=True)}
-        if kind != "memoryless":
-            prior = agent.latent_prior(before, action, *([] if kind == "generative" else [percept, last_obs]))
-            found |= {"latent": latent, "prior mean": prior[0], "prior scale": prior[1]}
+        prior = agent.latent_prior(before, action, *([] if kind == "generative" else [percept, last_obs]))
+        found |= {"latent": latent, "prior mean": prior[0], "prior scale": prior[1]}
         if kind == "generative":
             volume = agent.percepts.std.log().sum(-1, keepdim=True)
             mean, log_std, end = agent.decode(latent)
@@ -670,8 +670,7 @@ def test_trials_do_not_feel_each_other(kind):
         agents.append(agent)
     for (key, one), (_, other) in zip(agents[0].named_parameters(), agents[1].named_parameters()):
         assert torch.equal(one.select(-3, 0), other.select(-3, 0)), key
-        idle = kind == "memoryless" and key == "first_latent"
-        assert torch.equal(one.select(-3, 1), other.select(-3, 1)) == idle, key
+        assert not torch.equal(one.select(-3, 1), other.select(-3, 1)), key
 
 
 def test_rates():
@@ -701,7 +700,7 @@ def test_gradients_of_the_model_are_cut_per_trial_and_those_of_the_critic_are_no
 
 def episodes(policy, count=1000):
     """Mean return of policy(env, observation, time) on the double integrator."""
-    env, total = VEM.DoubleIntegrator(), 0.0
+    env, total = TASKS.DoubleIntegrator(), 0.0
     for i in range(count):
         obs = env.reset(seed=i)[0]
         for t in range(50):
@@ -742,52 +741,13 @@ def test_double_integrator_has_the_known_returns():
     assert episodes(lambda *_: rng.uniform(-1, 1)) == pytest.approx(-499, abs=35)
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "MountainCarContinuous-v0", "InvertedPendulum-v5", "Hopper-v4",
-                                    "Walker2d-v4", "HalfCheetah-v4", "Swimmer-v4", "Ant-v4",
-                                    "InvertedDoublePendulum-v4"])
-def test_masks_hide_velocities_or_positions(env_id):
-    """The full observation is the positions, then the simulator's own velocities."""
-    make = lambda mask: VEM.make_envs(VEM.Args(env_id=env_id, mask=mask), 1)
-    envs = {mask: make(mask) for mask in ("none", "velocity", "position")}
-    seen = {mask: env.reset(seed=3)[0][0] for mask, env in envs.items()}
-    for _ in range(3):
-        action = np.full((1, *envs["none"].single_action_space.shape), 0.3, np.float32)
-        seen = {mask: env.step(action)[0][0] for mask, env in envs.items()}
-        both = np.concatenate([seen["velocity"], seen["position"]])
-        np.testing.assert_allclose(both, seen["none"], rtol=1e-5, atol=1e-6)
-    task = envs["none"].envs[0].unwrapped
-    velocity = task.data.qvel if hasattr(task, "data") else np.atleast_1d(task.state[1])
-    assert envs["velocity"].single_observation_space.shape == seen["velocity"].shape
-    np.testing.assert_allclose(seen["position"][: len(velocity)], np.clip(velocity, -10, 10), rtol=1e-4, atol=1e-5)
-
-
-def test_noise_is_seeded_by_the_environment():
-    obs = []
-    for noise in (0.0, 0.5, 0.5):
-        envs = VEM.make_envs(VEM.Args(env_id="Pendulum-v1", noise=noise), 400)
-        assert np.isinf(envs.single_observation_space.high).all() == (noise > 0)
-        obs.append(envs.reset(seed=1)[0])
-    assert np.array_equal(obs[1], obs[2])
-    assert (obs[1] - obs[0]).std(0) == pytest.approx([0.5] * 3, rel=0.15)
-
-
-@pytest.mark.filterwarnings("error:.*not within the observation space")
-def test_noise_on_other_suites_and_on_bounded_observations():
-    pytest.importorskip("shimmy")
-    envs = VEM.make_envs(VEM.Args(env_id="dm_control/pendulum-swingup-v0", noise=0.5), 2)
-    assert np.isinf(envs.single_observation_space.low).all() and envs.reset(seed=[1, 2])[0].shape == (2, 3)
-
-
 @pytest.mark.parametrize("flags, parts", [
-    ("--mask velocity --env-id tiny_envs:Counter-v0", ("--mask velocity", "Pendulum")),
-    ("--mask position --env-id DoubleIntegrator-v0", ("--mask position",)),
     ("--plan-horizon -1", ("--plan-horizon -1",)), ("--marginal-samples 0", ("--marginal-samples 0",)),
     ("--marginal-weight -1", ("--marginal-weight -1",)), ("--info-weight nan", ("--info-weight nan",)),
     ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
     ("--alpha nan", ("--alpha nan",)), ("--agent discriminative --info-weight 2", ("--info-weight", "generative")),
-    ("--agent memoryless --marginal-weight 1", ("--marginal-weight", "generative")), ("--noise -1", ("--noise -1",)),
-    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--agent memoryless --max-grad-norm 1", ("--max-grad-norm", "latent")),
-    ("--noise inf", ("--noise inf",)),
+    ("--agent discriminative --marginal-weight 1", ("--marginal-weight", "generative")),
+    ("--alpha 1 --kl-target 1", ("--kl-target",)),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -801,7 +761,7 @@ def test_refused(flags, parts, capsys):
 
 def test_evaluation_follows_the_filter(tmp_path, capsys):
     """Both policies, against a plain loop over one environment at a time; --evaluate prints them."""
-    args = run(tmp_path / "run", env_id="Pendulum-v1", mask="velocity", trials=2, eval_episodes=3)
+    args = run(tmp_path / "run", env_id="PositionsPendulum-v1", trials=2, eval_episodes=3)
     agent = VEM.Agent(args, 2, 1)
     VEM.load(args, agent)
     envs, state = VEM.make_envs(args, 6), torch.get_rng_state()
@@ -837,9 +797,9 @@ def test_evaluation_follows_the_filter(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    {"agent": "discriminative"}, {"agent": "memoryless"}, {"action_prior": "uniform"}, {"act": "prior"},
+    {"agent": "discriminative"}, {"action_prior": "uniform"},
     {"plan_horizon": 0}, {"info_weight": 0.1, "info_samples": 2}, {"marginal_weight": 1, "marginal_samples": 2},
-    {"noise": 0.1, "prior_mix": 0}, {"alpha": 0.01, "updates_per_step": 2}], ids=str)
+    {"prior_mix": 0}, {"alpha": 0.01, "updates_per_step": 2}], ids=str)
 def test_every_variant_runs_and_learns_finite_numbers(flags, tmp_path):
     run(tmp_path / "run", env_id="InvertedPendulum-v5", total_steps=24, **flags)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
@@ -851,7 +811,7 @@ def test_the_double_integrator_begins_to_be_learned():
     torch.manual_seed(0)
     agent = build(1, 1, windows=16, window_length=10, latent_dim=4, model_dim=32, model_learning_rate=1e-2)
     buffer = VEM.EpisodeBuffer(1, 2000, agent.widths, "cpu")
-    env = VEM.DoubleIntegrator()
+    env = TASKS.DoubleIntegrator()
     column = lambda x: torch.as_tensor(x, dtype=torch.float32).view(1, 1, -1)
     for episode in range(20):
         obs = env.reset(seed=episode)[0]

@@ -239,7 +239,6 @@ def test_gap(here):
     (INF.Improvement(), "--run"), (INF.Improvement(run="nowhere"), "--run nowhere"),
     (INF.Improvement(run="direct"), "--run"), (INF.Improvement(run="iterative", iters=0), "--iters 0"),
     (INF.Improvement(from_csv=True), "--from-csv"),
-    (INF.Improvement(device="cuda"), "--device cuda"),
     (INF.Gap(flags="--env-id Pendulum-v1 --resume x"), "--resume"), (INF.Gap(flags="--tau 2"), "--tau 2"),
     (INF.Gap(flags="--env-id Pendulum-v1", total_steps=6000), "--pieces 5"), (INF.Gap(out="a/b"), "--out a/b"),
 ], ids=str)

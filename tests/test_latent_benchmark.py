@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from benchmarks import tasks as TASKS
 from conftest import ROOT, load_script
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -22,7 +23,7 @@ VEM = load_script("active_vem")
 def lqg():
     """Gains and expected returns of the optimal controllers of the double integrator, were there no limit to its force
     and no walls: Riccati gains (steps, 1, 2), Kalman gains (steps, 2, 1), E[Σ r] of LQR, E[Σ r] of LQG."""
-    env = VEM.DoubleIntegrator
+    env = TASKS.DoubleIntegrator
     steps, dt = VEM.gym.spec("DoubleIntegrator-v0").max_episode_steps, env.dt
     a, b = np.array([[1, dt], [0, 1]]), np.array([[dt**2 / 2], [dt]]) * env.force
     cost, price = np.diag([1, 0.1]), 0.05  # of the state and of the action, as in the task's reward
@@ -48,7 +49,7 @@ def simulate(seeds):
     returns = {"LQR": np.zeros(len(seeds)), "LQG": np.zeros(len(seeds))}
     for controller, earned in returns.items():
         for i, seed in enumerate(seeds):
-            env, mean = VEM.DoubleIntegrator(), np.zeros(2)
+            env, mean = TASKS.DoubleIntegrator(), np.zeros(2)
             obs, _ = env.reset(seed=int(seed))
             for gain, filter_gain in zip(gains, kalman):
                 mean = mean + filter_gain[:, 0] * (obs[0] - mean[0])
@@ -63,7 +64,7 @@ def simulate(seeds):
 
 def matrices():
     """Dynamics and costs of the task's own class, measured by stepping it."""
-    env = VEM.DoubleIntegrator()
+    env = TASKS.DoubleIntegrator()
 
     def step(position, velocity, action):
         env.reset(seed=0)
@@ -88,19 +89,19 @@ def test_lqr_is_the_least_squares_solution_over_all_actions_at_once():
     cross = forced.T @ weight @ free
     np.testing.assert_allclose(-np.linalg.solve(hessian, cross)[0], -gains[0][0], rtol=1e-9)
     value = free.T @ weight @ free - cross.T @ np.linalg.solve(hessian, cross)
-    assert lqr == pytest.approx(-np.trace(value @ np.diag(np.square(VEM.DoubleIntegrator.start))), rel=1e-9)
+    assert lqr == pytest.approx(-np.trace(value @ np.diag(np.square(TASKS.DoubleIntegrator.start))), rel=1e-9)
 
 
 def test_lqg_return_is_that_of_the_joint_covariance_of_state_and_estimate():
     a, b, cost, price = matrices()
     gains, kalman, lqr, return_of_lqg = lqg()
     joint, total = np.zeros((4, 4)), 0.0  # of the state and of its estimate
-    joint[:2, :2] = np.diag(np.square(VEM.DoubleIntegrator.start))
+    joint[:2, :2] = np.diag(np.square(TASKS.DoubleIntegrator.start))
     c, eye, none = np.array([[1.0, 0.0]]), np.eye(2), np.zeros((2, 2))
     for gain, k in zip(gains, kalman):
         seen = np.block([[eye, none], [k @ c, eye - k @ c]])
         joint = seen @ joint @ seen.T
-        joint[2:, 2:] += VEM.DoubleIntegrator.noise**2 * k @ k.T
+        joint[2:, 2:] += TASKS.DoubleIntegrator.noise**2 * k @ k.T
         total += np.trace(cost @ joint[:2, :2]) + price * float((gain @ joint[2:, 2:] @ gain.T)[0, 0])
         moved = np.block([[a, -b @ gain], [none, a - b @ gain]])
         joint = moved @ joint @ moved.T
@@ -165,7 +166,7 @@ def test_true_velocity_is_what_the_mask_hides(env_id):
     env = gym.make(env_id)
     env.reset(seed=0)
     obs = env.step(env.action_space.sample())[0]
-    hidden = obs[VEM.POSITIONS[VEM.task_name(env_id)] :]
+    hidden = obs[TASKS.POSITIONS[env_id.rpartition("-v")[0]] :]
     np.testing.assert_allclose(LATENT.true_velocity(env.unwrapped), hidden, rtol=1e-5)
 
 
@@ -226,16 +227,16 @@ def trained(agent):
 
 def test_velocity(here, capsys):
     """Of an agent with a model also what it foresees; the figure is drawn again, byte for byte, from the csv."""
-    runs = trained("generative"), trained("memoryless")
+    runs = trained("generative"), trained("discriminative")
     assert LATENT.main(LATENT.Args(runs=runs, episodes=4, samples=4)) == 0
     assert "generative: R² of the velocity from the mean of z" in capsys.readouterr().out
     rows = common.read("latent_velocity")
     assert [*rows[0]] == ["label", "step", "trial", "metric", "value"]
     assert all(math.isfinite(float(row["value"])) for row in rows)
     metrics = {label: {row["metric"] for row in rows if row["label"] == label} for label in runs}
-    assert {*LATENT.SOURCES, "velocity/true_0", "velocity/decoded_0", "prediction/true_0"} <= metrics["memoryless"]
+    assert {*LATENT.SOURCES, "velocity/true_0", "velocity/decoded_0", "prediction/true_0"} <= metrics["discriminative"]
     foreseen = {"prediction/mean_0", "prediction/std_0", "prediction/within"}
-    assert metrics["generative"] - metrics["memoryless"] == foreseen
+    assert metrics["generative"] - metrics["discriminative"] == foreseen
     picture = here / "figures/latent_velocity.png"
     drawn = picture.read_bytes()
     assert LATENT.main(LATENT.Args(from_csv=True)) == 0 and picture.read_bytes() == drawn
