@@ -385,24 +385,6 @@ def train(args):
         run.finish(metrics)
 
 
-@torch.no_grad()
-def evaluate(agent, envs, args, stop=()):
-    """Metric -> (trials, episodes) of one episode per environment: deterministic actions, fixed seeds."""
-    obs, _ = envs.reset(seed=args.seed + 10_000)
-    returns, discounted, lengths = np.zeros((3, envs.num_envs))
-    alive = np.ones(envs.num_envs, bool)
-    while alive.any() and lengths.max() < args.max_eval_steps and not stop:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
-        action = agent.act(obs, deterministic=True).flatten(0, 1)
-        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
-        returns += alive * reward
-        discounted += alive * reward * args.gamma**lengths
-        lengths += alive
-        alive &= ~(terminated | truncated)
-    sums = {"eval/return": returns, "eval/length": lengths, "eval/discounted_return": discounted}
-    return {name: values.reshape(args.trials, -1) for name, values in sums.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Below: the same in every script. Environments, a run and its files, the command line.
 
@@ -430,6 +412,24 @@ def make_envs(args, n):
 
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     return gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, wrappers=[wrap], **render)
+
+
+@torch.no_grad()
+def evaluate(agent, envs, args, stop=()):
+    """Metric -> (trials, episodes) of one episode per environment: deterministic actions, fixed seeds."""
+    obs, _ = envs.reset(seed=args.seed + 10_000)
+    returns, discounted, lengths = np.zeros((3, envs.num_envs))
+    alive = np.ones(envs.num_envs, bool)
+    while alive.any() and lengths.max() < args.max_eval_steps and not stop:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
+        action = agent.act(obs, deterministic=True).flatten(0, 1)
+        obs, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
+        returns += alive * reward
+        discounted += alive * reward * args.gamma**lengths
+        lengths += alive
+        alive &= ~(terminated | truncated)
+    sums = {"eval/return": returns, "eval/length": lengths, "eval/discounted_return": discounted}
+    return {name: values.reshape(args.trials, -1) for name, values in sums.items()}
 
 
 class Run:
