@@ -10,22 +10,20 @@ latent, and being optimal is what was observed: p(O=1|τ) ∝ exp(R(τ)/α). The
 of the action, p_θ(a|s) is its prior, and reinforcement learning is variational EM on
 
     J(π,θ) = E_π[R(τ)] − α KL(π(τ|O) ‖ p(τ)) = E_π[Σ r − α log π(a|s,O)/p_θ(a|s)]                       (6, 7)
-    Q_π(s,a) = r + E[V_π(s')]                                                                           (8, 9)
-    V_π(s) = E_π[Q_π(s,a)] − α KL(π(a|s,O) ‖ p_θ(a|s))                                                  (10)
-
-The E-step infers π at each state met. It is amortized: λ = (μ, σ) comes from a network, in one guess from the state
-(`--inference direct`, SAC), or from the prior in K gated updates that see the gradient of J̃ (`--inference iterative`).
-The critics Q_ψ learn (8, 9) from replayed transitions. The M-step fits the prior, which is constant here.
-
+    Q_π(s,a) = r + γ E[V_π(s')]                                                                         (8, 9)
+    V_π(s) = E_π[Q_π(s,a)] − α KL(π(a|s,O) ‖ p_θ(a|s)),  and J̃ with a critic Q_ψ as Q_π                (10, 16)
     u ~ N(μ, diag σ²), a = tanh u                                                                       (13, 14)
     μ ← ω_φ ⊙ μ + (1 − ω_φ) ⊙ f_φ(s, ∇_μ J̃), and the same for σ                                         (15)
-    J̃ = E_π[Q_ψ(s,a)] − α KL(π(a|s,O) ‖ p_θ(a|s))                                                       (16)
+
+The E-step infers λ = (μ, σ) of π in each state: by one guess of a network from the state (direct inference, as in SAC),
+or from the prior on by K updates (15), for which the network also sees ∇J̃. f_φ is what it proposes, ω_φ the share of
+the old λ that stays. The network learns to raise J̃, critics learn (8, 9). The M-step fits the prior, here a constant.
 
 Deviations from the paper, each with the flag that goes back where there is one; docs/sac_iterative.md says why:
  1. f_φ and ω_φ also see μ and log σ. `--inputs grads`: (15).
- 2. Updates and gradients are those of log σ, and its proposal is bounded.
+ 2. λ holds log σ, not σ: gradients and updates are those of log σ. The proposed log σ is bounded.
  3. ∇J̃ is scaled to a root mean square of 1. `--input-norm none`: as it is; `layer`: as in the author's code.
- 4. φ learns from the mean of J̃ over iterations, each through its own step. The paper does not say from which.
+ 4. φ climbs the mean of J̃ after each of the K updates, through that update alone. The paper does not say which J̃.
  5. Q is the minimum of twin critics, as in SAC. `--pessimism 0`: their mean.
  6. 10 action samples instead of 200 where there is no GPU. `--action-samples 200`.
  7. Evaluation draws nothing: it acts with tanh μ, and the noise in ∇J̃ is fixed.
@@ -112,15 +110,14 @@ class Args:
     def conflicts(self):
         """(flag, rule) of every flag of the algorithm that has no effect."""
         for name in ("inference_iters", "inputs", "input_norm", "prior_std"):
-            used = self.inference == "iterative" or name == "prior_std" and self.prior == "gaussian"
-            if not used and getattr(self, name) != getattr(Args, name):
+            ignored = self.inference == "direct" and (name != "prior_std" or self.prior == "uniform")
+            if ignored and getattr(self, name) != getattr(Args, name):
                 yield name, f"has no effect with --inference direct --prior {self.prior}"
 
     def floats(self, obs_dim, action_dim):
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
         rows = self.buffer_size + self.updates_per_step * self.batch_size
-        samples = self.batch_size * max(self.action_samples, 10)
-        policy = 24 * self.hidden_dim * (self.hidden_dim + samples)
+        policy = 24 * self.hidden_dim * (self.hidden_dim + self.batch_size * max(self.action_samples, 10))
         return self.trials * (rows * (2 * obs_dim + action_dim + 2) + policy)
 
 
@@ -192,33 +189,31 @@ class StackedMLP(nn.Module):
 
 
 class InferenceNetwork(StackedMLP):
-    """λ = (μ, log σ): guessed from the state (direct), or updated by the gradient of J̃ at it (iterative)."""
+    """Proposes λ = (μ, log σ) of each state, from the state alone (direct) or also from ∇J̃ (iterative, with gates)."""
 
     def __init__(self, args, obs_dim, action_dim, dtype):
         direct = args.inference == "direct"
         inputs = 0 if direct else {"grads": 2, "params_grads": 4}[args.inputs]  # per action dimension, beside the state
-        outputs = 2 if direct else 4
+        outputs = 2 if direct else 4  # a proposal for μ and log σ; and their gates
         dims = (obs_dim + inputs * action_dim, args.hidden_dim, args.hidden_dim, outputs * action_dim)
         super().__init__((args.trials,), dims, dtype=dtype)
         self.args = args
 
+    def encode(self, params, grad):
+        """λ and ∇J̃ (trials, n, 2, action_dim) as the network sees them: (trials, n, ·)."""
+        if self.args.input_norm == "rms":
+            grad = F.rms_norm(grad, grad.shape[-1:], eps=1e-12)
+        seen = torch.cat([params, grad], -2) if self.args.inputs == "params_grads" else grad
+        if self.args.input_norm == "layer" and seen.shape[-1] > 1:  # one number has no spread to divide by
+            seen = F.layer_norm(seen, seen.shape[-1:], eps=1e-12)
+        return seen.flatten(-2)
+
     def forward(self, obs, params, grad):
-        """The next λ (trials, n, 2, action_dim) and its gate. Without a gradient: a guess, which has no gate."""
-        inputs = [obs]
-        if grad is not None:
-            if self.args.input_norm == "rms":
-                grad = F.rms_norm(grad, grad.shape[-1:], eps=1e-12)
-            seen = torch.cat([params, grad], -2) if self.args.inputs == "params_grads" else grad
-            if self.args.input_norm == "layer" and seen.shape[-1] > 1:  # one number has no spread to divide by
-                seen = F.layer_norm(seen, seen.shape[-1:], eps=1e-12)
-            inputs.append(seen.flatten(-2))
-        out = super().forward(torch.cat(inputs, -1)).unflatten(-1, (-1, params.shape[-1]))
-        mean, log_std, *gate = out.unbind(-2)  # (trials, n, action_dim) each
-        proposal = torch.stack([mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)], -2)
-        if grad is None:
-            return proposal, None
-        gate = torch.stack(gate, -2).sigmoid()
-        return gate * params + (1 - gate) * proposal, gate  # eq. (15)
+        """A proposal for λ, and the share of the old λ that stays: (trials, n, 2, action_dim) each; direct: no gate."""
+        inputs = obs if grad is None else torch.cat([obs, self.encode(params, grad)], -1)
+        mean, log_std, *gates = super().forward(inputs).split(params.shape[-1], -1)  # (trials, n, action_dim) each
+        proposal = torch.stack([mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)], -2)  # f_φ
+        return proposal, torch.stack(gates, -2).sigmoid() if gates else None  # ω_φ
 
 
 class Agent(nn.Module):
@@ -233,17 +228,17 @@ class Agent(nn.Module):
         self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
-        self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.kl_constant = action_dim * math.log(2) if args.prior == "uniform" else 0.0  # which kl() leaves out
+        self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.iterative = args.inference == "iterative"
         self.iters = args.inference_iters if self.iterative else 1
 
         args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # a run saves what it took
-        # The noise of deterministic actions: quantiles of the normal, in another order in each dimension.
+        self.register_buffer("prior", torch.zeros(1, 1, 2, action_dim))  # λ_0
+        self.prior[..., 1, :] = math.log(args.prior_std)
+        # The noise of evaluation: quantiles of the normal, in another order in each dimension.
         quantiles = torch.special.ndtri(torch.arange(0.5, args.action_samples) / args.action_samples)
         order = torch.rand(args.action_samples, action_dim, generator=torch.Generator().manual_seed(0)).argsort(0)
-        prior = torch.tensor([[0.0], [math.log(args.prior_std)]])
-        self.register_buffer("prior", prior.repeat(1, 1, 1, action_dim))  # λ_0
         self.register_buffer("quantiles", quantiles[order][None, :, None])  # (1, samples, 1, action_dim)
         self.to(args.device)
 
@@ -253,12 +248,6 @@ class Agent(nn.Module):
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
         }
         self.learn = captured(self.learn, args)  # with --cuda-graph
-
-    @torch.no_grad()
-    def act(self, obs, deterministic=False):
-        """Actions (trials, n, action_dim) sampled from the inferred policy, or its mean action for evaluation."""
-        mean, log_std = self.infer(obs, self.quantiles if deterministic else None)[0][-1].unbind(-2)
-        return (mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)).tanh()
 
     def noise(self, obs, samples):
         """Standard normal (trials, samples, n, action_dim) for the states (trials, n, obs_dim)."""
@@ -273,26 +262,26 @@ class Agent(nn.Module):
         return log_prob.sum(-1, keepdim=True).mean(1)
 
     def kl(self, params, noise):
-        """KL(π ‖ p) (trials, n, 1); to a uniform prior by the sampled actions, and without its constant |A| ln 2."""
+        """KL(π ‖ p) (trials, n, 1), as it is before the tanh. To a uniform prior: E[log π], without |A| ln 2."""
         if self.args.prior == "uniform":
             return self.log_prob(params, noise)  # eq. (12)
-        mean, log_std = (params - self.prior).unbind(-2)
-        mean = mean / self.args.prior_std  # policy and prior have the same tanh, which leaves the KL as it was
-        return (0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std).sum(-1, keepdim=True)
+        shift, log_ratio = (params - self.prior).unbind(-2)  # μ − μ_0, log σ/σ_0
+        kl = 0.5 * ((shift / self.args.prior_std).square() + (2 * log_ratio).exp() - 1) - log_ratio
+        return kl.sum(-1, keepdim=True)
 
     def objective(self, critic, obs, params, noise):
         """J̃ and its KL, (trials, n, 1) each, by the actions of the noise (trials, samples, n, action_dim)."""
         mean, log_std = params.unsqueeze(1).unbind(-2)  # (trials, 1, n, action_dim)
         action = (mean + log_std.exp() * noise).tanh()  # eq. (13, 14)
         states = obs.unsqueeze(1).expand(-1, action.shape[1], -1, -1)
-        q = critic(torch.cat([states, action], -1).flatten(1, 2))  # (2, trials, samples * n, 1)
-        q = q.mean(0) - self.args.pessimism / math.sqrt(2) * (q[0] - q[1]).abs()  # q.std(0) has no gradient at 0
+        twins = critic(torch.cat([states, action], -1).flatten(1, 2))  # (2, trials, samples * n, 1)
+        q = twins.mean(0) - self.args.pessimism / math.sqrt(2) * (twins[0] - twins[1]).abs()  # std(0): no gradient at 0
         kl = self.kl(params, noise)
         return q.unflatten(1, action.shape[1:3]).mean(1) - self.log_alpha.exp() * kl, kl  # eq. (16)
 
-    @torch.enable_grad()  # acting and targets come here without
+    @torch.enable_grad()  # also for acting and targets, which need no other gradients
     def gradient(self, obs, params, noise=None):
-        """∇J̃ with respect to (μ, log σ) of each state, shaped like params; J̃; KL. Fresh noise unless it is given."""
+        """∇J̃ with respect to λ of each state, shaped like params; J̃; KL. Fresh noise unless it is given."""
         noise = self.noise(obs, self.args.action_samples) if noise is None else noise
         params = params.detach().requires_grad_()
         objective, kl = self.objective(self.critic, obs, params, noise)
@@ -300,21 +289,30 @@ class Agent(nn.Module):
         return grad, objective.detach(), kl.detach()
 
     def infer(self, obs, noise=None):
-        """E-step: λ_0 = prior, ..., λ_K, each differentiable by its own step; ∇J̃, J̃, KL at all but λ_K; gates."""
-        trace, measured, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], []
+        """E-step. Lists: λ_0 = prior, ..., λ_K; ∇J̃ at λ_0, ..., λ_{K-1}; J̃ there; the gates of the K updates."""
+        trace, grads, objectives, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], [], []
         for _ in range(self.iters):
-            params = trace[-1].detach()
-            measured.append(self.gradient(obs, params, noise) if self.iterative else (None, None, None))
-            params, gate = self.actor(obs, params, measured[-1][0])
-            trace.append(params)
+            params = trace[-1].detach()  # the network learns each update by itself
+            grad, objective, _ = self.gradient(obs, params, noise) if self.iterative else (None, None, None)
+            proposal, gate = self.actor(obs, params, grad)
+            trace.append(gate * params + (1 - gate) * proposal if self.iterative else proposal)  # eq. (15)
+            grads.append(grad)
+            objectives.append(objective)
             gates.append(gate)
-        return trace, measured, gates
+        return trace, grads, objectives, gates
+
+    @torch.no_grad()
+    def act(self, obs, deterministic=False):
+        """Actions (trials, n, action_dim) sampled from the inferred policy, or its mean action for evaluation."""
+        trace, *_ = self.infer(obs, self.quantiles if deterministic else None)
+        mean, log_std = trace[-1].unbind(-2)
+        return (mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)).tanh()
 
     @torch.no_grad()
     def value(self, obs):
         """V'(s) with one action of the inferred policy: (trials, n, 1). Inference climbs the online critics."""
-        params = self.infer(obs)[0][-1]
-        return self.objective(self.critic_target, obs, params, self.noise(obs, 1))[0]  # eq. (10)
+        trace, *_ = self.infer(obs)
+        return self.objective(self.critic_target, obs, trace[-1], self.noise(obs, 1))[0]  # eq. (10)
 
     def descend(self, name, loss):
         """One step of an optimizer, with gradients of its own parameters alone."""
@@ -325,37 +323,38 @@ class Agent(nn.Module):
 
     def actor_loss(self, obs):
         """Loss of the inference network and of α, and metrics."""
-        trace, measured, gates = self.infer(obs)
+        trace, grads, objectives, gates = self.infer(obs)
         noise = self.noise(obs, self.args.action_samples)
-        measured.append(self.gradient(obs, trace[-1], noise))  # at λ_K
-        grads, objectives, kls = zip(*measured)
+        grad, objective, kl = self.gradient(obs, trace[-1], noise)  # at λ_K
+        objectives.append(objective)
         # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ). All but the last ∇J̃ are at hand: they were inputs.
-        gain = (torch.stack(trace[1:]) * torch.stack(grads[1:])).sum((-2, -1))  # (iterations, trials, n)
-        log_prob = kls[-1] if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
+        gain = torch.stack(trace[1:]) * torch.stack([*grads[1:], grad])  # (K, trials, n, 2, action_dim)
+        log_prob = kl if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
         alpha_loss = -self.log_alpha.exp() * (log_prob + self.target_entropy)
-        metrics = {"policy/entropy": -log_prob, "policy/kl": kls[-1] + self.kl_constant}
+        metrics = {"policy/entropy": -log_prob, "policy/kl": kl + self.kl_constant}
         if self.iterative:
             metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": objectives[1],
                         "policy/gate": torch.stack(gates).detach().mean(0).flatten(-2)}
         metrics["policy/objective_last"] = objectives[-1]
-        return alpha_loss.mean((-2, -1)).sum() - gain.mean((0, -1)).sum(), metrics
+        return alpha_loss.mean((-2, -1)).sum() - gain.sum((-2, -1)).mean((0, -1)).sum(), metrics
 
     def update(self, batch):
         """One step of critics, inference network and α on columns (trials, n, ·); returns metrics, (trials, n, ·)."""
         obs, action, reward, next_obs, terminated = batch
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (8, 9)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
-        self.descend("critic", (q - target).square().mean((-2, -1)).sum())
-        loss, metrics = self.actor_loss(obs)
-        self.descend("actor", loss)
+        critic_loss = (q - target).square()
+        self.descend("critic", critic_loss.mean((-2, -1)).sum())
+        actor_loss, metrics = self.actor_loss(obs)
+        self.descend("actor", actor_loss)
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
-        return metrics | {"loss/critic": (q.detach() - target).square().mean(0), "value/q": q.detach().mean(0)}
+        return metrics | {"loss/critic": critic_loss.detach().mean(0), "value/q": q.detach().mean(0)}
 
     def learn(self, buffer):
         """All updates of one environment step; returns metrics of the last one, each (trials,)."""
-        args = self.args
-        rows = buffer.sample(args.updates_per_step * args.batch_size).unflatten(1, (args.updates_per_step, -1))
+        updates = self.args.updates_per_step
+        rows = buffer.sample(updates * self.args.batch_size).unflatten(1, (updates, -1))
         for batch in rows.unbind(1):  # (trials, n, row)
             metrics = self.update(batch.split(buffer.widths, -1))
         metrics = {name: value.mean((-2, -1)) for name, value in metrics.items()}

@@ -63,6 +63,12 @@ def j_tilde(agent, trial, obs, mean, log_std, noise):
     return q - agent.log_alpha.exp()[trial].item() * kl
 
 
+def updated(agent, obs, params, grad):
+    """The next λ by equation 15."""
+    proposal, gate = agent.actor(obs, params, grad)
+    return gate * params + (1 - gate) * proposal
+
+
 def fix_noise(agent, monkeypatch):
     """Every draw of standard normals from now on; returned as a list that fills."""
     drawn, noise = [], agent.noise
@@ -188,9 +194,11 @@ def test_update_against_ordinary_layers(norm, inputs):
     out = perceptron(agent.actor, 0)(torch.cat([obs[0], *(scaled if inputs == "params_grads" else scaled[2:])], -1))
     proposal_mean, proposal_log_std, gate_mean, gate_log_std = out.chunk(4, -1)
     proposal_log_std = proposal_log_std.clamp(SAC.LOG_STD_MIN, SAC.LOG_STD_MAX)
+    agent.prior, agent.iters, agent.gradient = params, 1, lambda *_: (grad, None, None)
+    found = agent.infer(obs)[0][-1]
     for i, (proposal, gate) in enumerate([(proposal_mean, gate_mean), (proposal_log_std, gate_log_std)]):
         gate = 1 / (1 + torch.exp(-gate))
-        torch.testing.assert_close(agent.actor(obs, params, grad)[0][0, :, i], gate * blocks[i] + (1 - gate) * proposal)
+        torch.testing.assert_close(found[0, :, i], gate * blocks[i] + (1 - gate) * proposal)
 
 
 def test_network_gradient_is_that_of_the_objective_of_each_step(monkeypatch):
@@ -203,7 +211,7 @@ def test_network_gradient_is_that_of_the_objective_of_each_step(monkeypatch):
     for k in range(3):
         leaf = params.detach().clone().requires_grad_()
         j = j_tilde(agent, 0, obs[0], leaf[0, :, 0], leaf[0, :, 1], drawn[k][0])
-        params, _ = agent.actor(obs, params.detach(), torch.autograd.grad(j.sum(), leaf)[0])
+        params = updated(agent, obs, params.detach(), torch.autograd.grad(j.sum(), leaf)[0])
         total.append(j_tilde(agent, 0, obs[0], params[0, :, 0], params[0, :, 1], drawn[k + 1][0]).mean())
     expected = torch.autograd.grad(-sum(total) / 3, [*agent.actor.parameters()])
     for parameter, grad in zip(agent.actor.parameters(), expected):
@@ -214,8 +222,8 @@ def test_network_gradient_is_that_of_the_objective_of_each_step(monkeypatch):
 def test_no_iterations_return_the_prior(inference):
     agent, obs = build(inference=inference, prior_std=0.5, prior="uniform"), states(2000)
     agent.iters = 0
-    (params,), measured, gates = agent.infer(obs)
-    assert not measured and not gates
+    (params,), *others = agent.infer(obs)
+    assert others == [[], [], []]
     assert torch.equal(params, torch.tensor([[0.0] * ACT, [math.log(0.5)] * ACT]).double().expand(1, 2000, 2, ACT))
     assert not agent.act(obs, deterministic=True).any()
     u = agent.act(obs).atanh()
@@ -256,7 +264,7 @@ def test_one_action_dimension(norm, inputs):
     assert loss.isfinite() and all(value.isfinite().all() for value in metrics.values())
     assert all(p.grad.isfinite().all() and p.grad.any() for p in agent.actor.parameters())
     zero = torch.zeros(1, 6, 2, 1, dtype=torch.float64)
-    assert agent.actor(obs, zero, zero)[0].isfinite().all()  # a gradient of 0 has no scale
+    assert all(value.isfinite().all() for value in agent.actor(obs, zero, zero))  # a gradient of 0 has no scale
     agent.iters = 20
     assert agent.act(obs).isfinite().all()
 
@@ -368,7 +376,7 @@ def test_critic_target_takes_the_inferred_action(prior, monkeypatch):
     value = agent.value(obs)
     params = agent.prior.expand(1, 6, -1, -1)
     for k in range(3):
-        params = agent.actor(obs, params, agent.gradient(obs, params, drawn[k])[0])[0]
+        params = updated(agent, obs, params, agent.gradient(obs, params, drawn[k])[0])
     slow = copy.copy(agent)
     slow.critic = agent.critic_target
     expected = j_tilde(slow, 0, obs[0], params[0, :, 0], params[0, :, 1], drawn[3][0])
@@ -385,7 +393,7 @@ def test_alpha_meets_its_target(prior, monkeypatch):
     loss.backward()
     params = agent.prior.expand(1, 6, -1, -1)
     for k in range(2):
-        params = agent.actor(obs, params, agent.gradient(obs, params, drawn[k])[0])[0].detach()
+        params = updated(agent, obs, params, agent.gradient(obs, params, drawn[k])[0]).detach()
     mean, std = params[0, :, 0], params[0, :, 1].exp()
     entropy = -tanh_gaussian(mean, std).log_prob((mean + std * drawn[2][0]).tanh()).mean()
     kl = ACT * math.log(2) - entropy
