@@ -16,32 +16,23 @@ q(z_t|z_{t-1},a_{t-1},x_t,r_t), acts by q(a_t|z_t), and learns the priors p that
     Ê = E_p[Σ_{k≤H} γ^{k-1} (r_k + α w_i log p(x_k,r_k|z_k)/p(x_k,r_k|z_{k-1},a_{k-1})) + γ^H V(z_H)]           (10)
     Algorithm 1: E-step, q(z) climbs L and q(a) climbs Ê − α KL(q(a)‖p(a)); M-step, the rest climbs L
 
-The denominator in (8), the marginal term, is what a world model's objective lacks. It is estimated by importance
-weights: log 1/K Σ_k p(x_t,r_t|z^k) p(z^k|·) / q(z^k|·) with z^k ~ q(z_t). By (7) the terms of z_t and x_t in (8) are
-−KL(q(z_t) ‖ p(z_t|z_{t-1},a_{t-1},x_t,r_t)): at most 0, and 0 for *every* model whose q is exact. So nothing presses
-the model to fit the data. With a weight w of the term and an exact q the objective is (1 − w) log p(x_t,r_t|z_{t-1},
-a_{t-1}). What the term is good for is the paper's open question; a sweep over w asks it.
+The denominator in (8), the marginal term, is what a world model's objective lacks. By (7) the terms of z_t and x_t in
+(8) are −KL(q(z_t) ‖ p(z_t|z_{t-1},a_{t-1},x_t,r_t)): at most 0, and 0 for *every* model whose q is exact. So nothing
+presses the model to fit the data. With a weight w of the term and an exact q the objective is (1 − w) log p(x_t,r_t|
+z_{t-1},a_{t-1}). What the term is good for is the paper's open question; a sweep over w asks it.
 
-Deviations from the paper, each with the flag that goes back to its letter where there is one:
+Deviations from the paper, each with the flag that goes back to its letter. docs/active_vem.md has more.
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
- 2. Inference is amortized: q(z) and q(a) are networks, one gradient step per update, on the windows of the M-step. The
-    model's learning rate falls with the updates: what it predicts becomes more precise than its first rate allows.
- 3. q(z_t) climbs its own terms in (8) and, through the recurrence of a window, later ones; not the rewards: under the
-    agent's own model these are highest where it believes to be in a good state, whatever it saw. Of what (5) conditions
-    q(z_t) on it sees z_{t-1}, a_{t-1}, x_t, r_t, x_t − x_{t-1}: a small change would be lost in the noise of z_{t-1}.
- 4. Rewards are discounted and divided by their standard deviation; what lies beyond H steps is a twin critic Q(z,a).
-    `--plan-horizon 0`: nothing but the critic, which is all that a discriminative agent can have.
- 5. Episodes end. The probability of it is told from z_t ~ p(z_t|z_{t-1},a_{t-1}), which is what the plan has: from
-    z_t ~ q it is easy, as q has seen the last reward, and p then foresees no end at all.
+ 2. Inference is amortized: q(z) and q(a) are networks, learned on replayed windows. The model's learning rate falls.
+ 3. q(z) climbs its own terms in (8), not the rewards, or it would believe in good states. It also sees x_t − x_{t-1}.
+ 4. γ discounts, rewards are divided by their standard deviation, and the V of a twin critic stands for what lies beyond
+    H steps: tasks are long. `--gamma 1`. `--plan-horizon 0`: the critic alone, all that a discriminative agent has.
+ 5. Episodes end. The probability of it is learned from z ~ p, as plans have it: z ~ q has seen the end.
  6. α, the price of a nat in units of scaled reward, is tuned to a budget of KL(q(a)‖p(a)). `--alpha`: fixed.
- 7. The information term of (10) is off. `--info-weight 1`: its lower estimate, which is at most log(K + 1) and so
-    cannot be driven up without end by errors of the model.
- 8. p(a) is fitted to q(a) with a share ε of uniform actions: otherwise both narrow together and exploration ends.
-    `--prior-mix 0`. `--action-prior uniform`: maximum entropy; p(a) then only rolls out and acts.
- 9. The discriminative agent's q(z) learns from the critic's error: it has no model to send it the return's gradient.
-    That gradient at times grows on its way back through a window. So it is cut at 0.3 (`--max-grad-norm`): at the
-    others' 10 z goes to its bounds in some trials. And z learns no faster than the critic (`--model-learning-rate`):
-    at the others' 3e-3 some trials lose for a while what they had learned.
+ 7. The information term of (10) is off: where it was tried it made no difference. `--info-weight 1`.
+ 8. p(a) is fitted to q(a) with a share ε of uniform actions: else both narrow together and exploration ends.
+    `--prior-mix 0`. `--action-prior uniform` is maximum entropy; p(a) then only rolls out and acts.
+ 9. The discriminative q(z) learns from the critic's error, having no model; at a lower rate, its gradient cut shorter.
 
     python active_vem.py --env-id benchmarks.tasks:DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
     python active_vem.py --env-id benchmarks.tasks:PositionsPendulum-v1
@@ -152,13 +143,14 @@ class Args:
 
 
 class EpisodeBuffer:
-    """Ring of rows per trial, one per step, sampled as windows within an episode. Row i lies at place i % capacity.
+    """Ring of rows per trial, one per step, sampled as windows within an episode. Step i lies at place i % capacity.
 
     One row holds obs, action, reward, next_obs, terminated, the latent state inferred at obs, the time in the episode.
     """
 
     def __init__(self, trials, capacity, widths, device):
-        self.widths, self.capacity, self.latent = widths, capacity, slice(-1 - widths[5], -1)
+        self.widths, self.capacity = widths, capacity
+        self.latent = slice(-1 - widths[5], -1)  # where the latent state stands in a row
         # (trials, capacity + 1, row); behind the ring lies a row that is written for nothing and never read
         self.storage = torch.zeros(trials, capacity + 1, sum(widths), device=device)
         self.added = torch.zeros((), dtype=torch.long, device=device)
@@ -176,23 +168,21 @@ class EpisodeBuffer:
     def sample(self, n, length):
         """n windows per trial: rows (trials, length, n, row), their places in the ring, their weights (…, 1).
 
-        A window is laid over a row drawn uniformly and cut at both ends of its episode; what is cut off is padding, of
-        weight 0. A step lies under `length` positions of a window, and a window of m rows is drawn m times as often as
-        one of a single row: with weights 1/m all steps count the same.
+        A step is drawn uniformly and a window laid over it at random. In front the window is cut to the step's episode;
+        what it reaches of the next one is padding, of weight 0. A window that keeps m steps is drawn m times as often
+        as one that keeps a single step: with weights 1/m all steps count the same.
         """
         shape, device = (len(self.trial), 1, n), self.storage.device
         oldest = (self.added - self.capacity).clamp(min=0)
         drawn = oldest + (torch.rand(shape, device=device) * (self.added - oldest)).long()
-        ahead = torch.randint(length, shape, device=device)  # rows of the window before the drawn one
+        start = drawn - torch.randint(length, shape, device=device)
         time = self.storage[self.trial, drawn % self.capacity, -1].long()
-        first = torch.maximum(drawn - torch.minimum(ahead, time), oldest)
-        position = torch.arange(length, device=device)[:, None]
-        row = first + position  # (trials, length, n)
-        place = row % self.capacity
+        first = torch.maximum(start, drawn - time).maximum(oldest)
+        step = first + torch.arange(length, device=device)[:, None]  # (trials, length, n)
+        place = step % self.capacity
         rows = self.storage[self.trial, place]
-        in_window = (row < drawn - ahead + length) & (row < self.added)
-        in_episode = rows[..., -1] == rows[:, :1, :, -1] + position
-        valid = (in_window & in_episode)[..., None]
+        same_episode = rows[..., -1] - time == step - drawn
+        valid = (same_episode & (step < start + length) & (step < self.added)).unsqueeze(-1)
         return rows, place, valid / valid.sum(1, keepdim=True)
 
     def refresh(self, place, weight, latents):
@@ -320,28 +310,28 @@ class Agent(nn.Module):
         self.critic_target = StackedMLP((2, trials), dims, dtype=low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
-        self.policy = [*self.actor.parameters()] if args.alpha else [*self.actor.parameters(), self.log_alpha]
-        policies = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
 
         self.first_latent = nn.Parameter(torch.zeros(trials, 1, self.latent_dim))  # before an episode's first step
         before = self.latent_dim + action_dim
-        full = before + 2 * obs_dim + 1  # also sight: a percept, and how the observation has changed
+        full = before + 2 * obs_dim + 1  # also what sight() returns
         self.latent_posterior = Gaussian(trials, full, args.model_dim, self.latent_dim)
         self.latent_prior = Gaussian(trials, before if self.generative else full, args.model_dim, self.latent_dim)
         self.model = [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
         if self.generative:
-            dims = (self.latent_dim, args.model_dim, args.model_dim, obs_dim + 2)
-            self.decoder = StackedMLP((trials,), dims, F.silu)
+            self.decoder = StackedMLP((trials,), (self.latent_dim, args.model_dim, args.model_dim, obs_dim + 2), F.silu)
             self.log_scale = nn.Parameter(torch.zeros(trials, 1, obs_dim + 1))
             self.model += [*self.decoder.parameters(), self.log_scale]
-        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))
+        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))  # 1: ends can be learned, and are planned with
         self.register_buffer("updates", torch.zeros(()))
         self.to(args.device)
 
+        self.horizon = args.plan_horizon if self.generative else 0  # without a model there is no plan
         self.kl_target = args.kl_target or action_dim * (0.5 if args.action_prior == "learned" else 1.2)
         self.max_grad_norm = args.max_grad_norm or (10.0 if self.generative else 0.3)  # see deviation 9
-        self.first_rate = args.model_learning_rate or (3e-3 if self.generative else 1e-3)
-        rate = torch.tensor(self.first_rate, device=args.device)
+        self.initial_rate = args.model_learning_rate or (3e-3 if self.generative else 1e-3)
+        self.policy = [*self.actor.parameters()] + ([] if args.alpha else [self.log_alpha])  # what E-steps of q(a) move
+        policies = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
+        rate = torch.tensor(self.initial_rate, device=args.device)  # a tensor: it falls within a CUDA graph
         self.opts = {"policies": torch.optim.Adam(policies, args.learning_rate, fused=True, capturable=True),
                      "model": torch.optim.Adam(self.model, rate, fused=True, capturable=True)}
         self.learn = captured(self.learn, args)  # with --cuda-graph
@@ -350,16 +340,15 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def begin(self, obs):
-        """What precedes an episode's first obs (trials, n, obs_dim): latent state, action, reward, and obs itself."""
+        """What perceive() takes beside an episode's first obs (trials, n, obs_dim): no action, reward or change."""
         reward = torch.zeros_like(obs[..., :1])
         return self.first_latent.expand(-1, obs.shape[1], -1), reward.expand(-1, -1, self.action_dim), reward, obs
 
     @torch.no_grad()
-    def perceive(self, obs, latent, action, reward, last_obs, noise=None):
-        """z_t given what is seen now, obs and reward, and what came before it; the mean of q where noise is 0."""
-        noise = torch.randn_like(latent) if noise is None else noise
-        sight = torch.cat([self.percepts(torch.cat([obs, reward], -1)), self.changes(obs - last_obs)], -1)
-        return self.unroll(latent, action, sight, noise)[0]
+    def perceive(self, obs, last_latent, last_action, reward, last_obs, deterministic=False):
+        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}), or its mean for evaluation: (trials, n, latent_dim)."""
+        mean, log_std = self.latent_posterior(last_latent, last_action, self.sight(obs, reward, last_obs))
+        return mean if deterministic else sample(mean, log_std)
 
     @torch.no_grad()
     def act(self, latent, policy="posterior", deterministic=False):
@@ -369,26 +358,24 @@ class Agent(nn.Module):
 
     # The distributions of the agent, in columns (trials, batch, ·)
 
-    def unroll(self, latent, action, sight, noise):
-        """z_t ~ q(z_t|z_{t-1},a_{t-1},x_t,r_t,x_{t-1}) and its moments, for columns in the order of time."""
-        n, steps = latent.shape[1], []
-        for a, x, eps in zip(action.split(n, 1), sight.split(n, 1), noise.split(n, 1)):
-            mean, log_std = self.latent_posterior(latent, a, x)
-            latent = mean + log_std.exp() * eps
-            steps.append((latent, mean, log_std))
-        return [torch.cat(parts, 1) for parts in zip(*steps)]
+    def sight(self, obs, reward, last_obs):
+        """What q(z) sees, scaled: the percept (obs and the reward that came with it), then the change of obs."""
+        return torch.cat([self.percepts(torch.cat([obs, reward], -1)), self.changes(obs - last_obs)], -1)
 
     def decode(self, latent):
         """Mean and log_std of the percept (trials, n, obs_dim + 1), logit (trials, n, 1) that the episode ends."""
         out = self.decoder(latent)
         return out[..., :-1], self.log_scale.clamp(LOG_STD_MIN, LOG_STD_MAX), out[..., -1:]
 
-    def log_marginal(self, before, action, percept, posterior):
-        """Estimate of log p(x,r|z_{t-1},a_{t-1}) by K samples of q(z), which gets no gradient: (trials, n, 1)."""
+    def log_marginal(self, last_latent, last_action, percept, posterior):
+        """log p(x,r|z_{t-1},a_{t-1}), by K importance samples z^k ~ q(z): (trials, n, 1).
+
+        It is the log of 1/K Σ_k p(x,r|z^k) p(z^k|z_{t-1},a_{t-1}) / q(z^k), which by (7) is exact where q is.
+        """
         posterior = [x.detach() for x in posterior]  # q would raise the bound by being a bad proposal
         z = sample(*posterior, self.args.marginal_samples)  # (K, trials, n, latent_dim)
         log_likelihood = log_density(percept, *self.decode(z)[:2])
-        log_prior = log_density(z, *self.latent_prior(before, action))
+        log_prior = log_density(z, *self.latent_prior(last_latent, last_action))
         return log_mean_exp(log_likelihood + log_prior - log_density(z, *posterior))  # eq. (7)
 
     def information(self, latent, prior):
@@ -405,10 +392,11 @@ class Agent(nn.Module):
         """a ~ q(a|z), KL(q(a)‖p(a)) and log q(a|z), each (trials, n, ·)."""
         u = sample(*posterior)
         log_prob = log_density(u, *posterior)
-        log_prob = log_prob - (2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1, keepdim=True)  # of the tanh
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # of the tanh, in a stable form
+        log_prob = log_prob - log_det.sum(-1, keepdim=True)
         if self.args.action_prior == "uniform":
             return u.tanh(), log_prob + self.action_dim * math.log(2), log_prob
-        return u.tanh(), divergence(*posterior, *prior), log_prob
+        return u.tanh(), divergence(*posterior, *prior), log_prob  # the tanh, which both have, leaves it as it is
 
     def soft_value(self, latent, critic):
         """V(z) = E[min Q(z, a)] − α KL(q(a)‖p(a)) with one sampled action: (trials, n, 1)."""
@@ -417,12 +405,12 @@ class Agent(nn.Module):
 
     def planned_bound(self, latent, action):
         """Ê for taking an action at z: rewards and information of H imagined steps, then V; (trials, n, 1)."""
-        horizon = self.args.plan_horizon if self.generative else 0
-        if horizon == 0:
+        if self.horizon == 0:
             return self.critic(torch.cat([latent, action], -1)).amin(0)
         bound, discount = 0, 1
         offset = (self.percepts.mean / self.percepts.std)[..., -1:]  # rewards in a bound are scaled, not centred
-        for k in range(horizon):
+        price = self.log_alpha.exp().detach() * self.args.info_weight  # of a nat of information
+        for k in range(self.horizon):
             if k > 0:
                 action = sample(*self.prior_actor(latent)).tanh()
             prior = self.latent_prior(latent, action)
@@ -430,60 +418,64 @@ class Agent(nn.Module):
             percept, _, end_logit = self.decode(latent)
             bound = bound + discount * (percept[..., -1:] + offset)
             if self.args.info_weight:
-                price = self.log_alpha.exp().detach() * self.args.info_weight
                 bound = bound + discount * price * self.information(latent, prior)[0]
             discount = discount * self.args.gamma * (1 - end_logit.sigmoid() * self.ever_ended)
         return bound + discount * self.soft_value(latent, self.critic)  # eq. (10)
 
     # What is learned from windows
 
-    def follow(self, rows, weight):
-        """Windows with the latent states inferred along them, in columns (trials, (length + 1) · n, ·), as a dict.
+    def infer_latents(self, rows, weight):
+        """Latent states along windows, and what leads to them, in columns (trials, (length + 1) · n, ·), as a dict.
 
-        There is one percept more than there are steps. The first comes before the first step: it counts where an
-        episode begins with it. Elsewhere an earlier row counts it, and the latent state is the stored one.
+        A window has one percept before its first step and one after each step. The first counts where the episode
+        begins with it. Elsewhere a step before the window has counted it, and z there is the stored one.
         """
         n = rows.shape[2]
-        obs, action, reward, next_obs, ended, stored, time = rows.flatten(1, 2).split(self.widths, -1)
-        begins, weight = time[:, :n] == 0, weight.flatten(1, 2)
-        zeros = (0, 0, n, 0)  # for F.pad: at the first percept no action, no reward and no change
-        percept = self.percepts(torch.cat([torch.cat([obs[:, :n], next_obs], 1), F.pad(reward, zeros)], -1))
-        sight = torch.cat([percept, self.changes(F.pad(next_obs - obs, zeros))], -1)
-        action = F.pad(action, zeros)
-        before = self.first_latent.expand(-1, n, -1)
-        noise = torch.randn(*percept.shape[:2], self.latent_dim, device=rows.device)
-        first = self.unroll(before, action[:, :n], sight[:, :n], noise[:, :n])
-        first[0] = torch.where(begins, first[0], stored[:, :n])
-        rest = self.unroll(first[0], action[:, n:], sight[:, n:], noise[:, n:])
-        latent, *posterior = (torch.cat(parts, 1) for parts in zip(first, rest))
-        return {"before": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior,
-                "action": action, "percept": percept, "sight": sight, "ended": F.pad(ended, zeros),
-                "weight": torch.cat([weight[:, :n] * begins, weight], 1)}
+        obs, action, reward, next_obs, terminated, *_ = rows.flatten(1, 2).split(self.widths, -1)
+        first_obs, *_, stored, time = rows[:, 0].split(self.widths, -1)  # (trials, n, ·)
+        nothing = (0, 0, n, 0)  # F.pad's: at the first percept no action, no reward and no end
+        last_action = F.pad(action, nothing)
+        sight = self.sight(torch.cat([first_obs, next_obs], 1), F.pad(reward, nothing), torch.cat([first_obs, obs], 1))
+        noise = torch.randn(*sight.shape[:2], self.latent_dim, device=rows.device)
+        latent = before = self.first_latent.expand(-1, n, -1)
+        inferred = []
+        for a, x, eps in zip(last_action.split(n, 1), sight.split(n, 1), noise.split(n, 1)):
+            mean, log_std = self.latent_posterior(latent, a, x)
+            latent = mean + log_std.exp() * eps
+            if not inferred:
+                latent = torch.where(time == 0, latent, stored)
+            inferred.append((latent, mean, log_std))
+        latent, *posterior = (torch.cat(parts, 1) for parts in zip(*inferred))
+        weight = torch.cat([weight[:, 0] * (time == 0), weight.flatten(1, 2)], 1)
+        return {"last_latent": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior,
+                "last_action": last_action, "percept": sight[..., : obs.shape[-1] + 1], "sight": sight,
+                "ended": F.pad(terminated, nothing), "weight": weight}
 
-    def model_loss(self, before, latent, posterior, action, percept, sight, ended, weight):
-        """−(8), or α KL of (6) in units of reward, as a mean over steps; and the terms in nats, each (trials,)."""
+    def model_loss(self, last_latent, latent, posterior, last_action, percept, sight, ended, weight):
+        """−(8), or α KL of (6) in units of reward, as a mean over steps; and its terms in nats, each (trials,)."""
         if not self.generative:
-            kl = weighted_mean(divergence(*posterior, *self.latent_prior(before, action, sight)), weight)  # eq. (6)
-            return (self.log_alpha.exp().detach().flatten() * kl).sum(), {"model/kl": kl.detach()}
-        prior = self.latent_prior(before, action)
+            kl = weighted_mean(divergence(*posterior, *self.latent_prior(last_latent, last_action, sight)), weight)
+            return (self.log_alpha.exp().detach().flatten() * kl).sum(), {"model/kl": kl}  # eq. (6)
+        prior = self.latent_prior(last_latent, last_action)
         mean, log_std, _ = self.decode(latent)
-        end_logit = self.decode(sample(*prior))[2]
-        terms = {"kl": divergence(*posterior, *prior),  # eq. (8)
-                 "log_likelihood": log_density(percept, mean, log_std),  # eq. (8)
-                 "log_end": -F.binary_cross_entropy_with_logits(end_logit, ended, reduction="none")}
+        end_logit = self.decode(sample(*prior))[2]  # of z ~ p: see deviation 5
+        kl = weighted_mean(divergence(*posterior, *prior), weight)
+        log_likelihood = weighted_mean(log_density(percept, mean, log_std), weight)
+        log_end = weighted_mean(-F.binary_cross_entropy_with_logits(end_logit, ended, reduction="none"), weight)
+        loss = kl - log_likelihood - log_end  # eq. (8)
+        metrics = {"model/kl": kl, "model/log_likelihood": log_likelihood, "model/log_end": log_end}
         if self.args.marginal_weight:
-            terms["log_marginal"] = self.log_marginal(before, action, percept, posterior)  # eq. (8)
-        terms = {name: weighted_mean(term, weight) for name, term in terms.items()}
-        loss = terms["kl"] - terms["log_likelihood"] - terms["log_end"]
-        loss = loss + self.args.marginal_weight * terms.get("log_marginal", 0)
-        return loss.sum(), {f"model/{name}": term.detach() for name, term in terms.items()}
+            log_marginal = weighted_mean(self.log_marginal(last_latent, last_action, percept, posterior), weight)
+            loss = loss + self.args.marginal_weight * log_marginal  # eq. (8)
+            metrics["model/log_marginal"] = log_marginal
+        return loss.sum(), metrics
 
     def critic_loss(self, latent, action, target, weight):
         """Squared error of both critics; and metrics, each (trials,)."""
         q = self.critic(torch.cat([latent, action], -1))  # (2, trials, n, 1)
         loss = weighted_mean((q - target).square(), weight)  # (2, trials)
-        value = weighted_mean(q.detach(), weight).mean(0) * self.percepts.std[:, 0, -1]
-        return loss.sum(), {"loss/critic": loss.detach().mean(0), "value/q": value}
+        value = weighted_mean(q, weight).mean(0) * self.percepts.std[:, 0, -1]
+        return loss.sum(), {"loss/critic": loss.mean(0), "value/q": value}
 
     def policy_losses(self, latent, weight):
         """E-step of q(a), with α's own loss, and M-step of p(a); and metrics, each (trials,)."""
@@ -493,49 +485,52 @@ class Agent(nn.Module):
         loss = alpha.detach() * kl - self.planned_bound(latent, action)  # eq. (8, 10)
         loss = loss + alpha * (self.kl_target - kl.detach())
 
+        # p(a) maximizes E[log p(u)] over a mixture of q(a) and uniform actions, of which E[(u − prior_mean)²] is needed
         mean, log_std = (x.detach() for x in posterior)
         prior_mean, prior_log_std = prior
-        fitted = (2 * log_std).exp() + (mean - prior_mean).square()
-        second_moment = fitted.lerp(UNIFORM_VAR + prior_mean.square(), self.args.prior_mix)
-        prior_loss = prior_log_std + 0.5 * second_moment * (-2 * prior_log_std).exp()  # eq. (8)
-        metrics = {"policy/kl": weighted_mean(kl, weight).detach(), "policy/alpha": alpha.detach().flatten(),
-                   "policy/entropy": -weighted_mean(log_prob, weight).detach()}
+        of_posterior = (2 * log_std).exp() + (mean - prior_mean).square()
+        of_uniform = UNIFORM_VAR + prior_mean.square()
+        of_mixture = of_posterior.lerp(of_uniform, self.args.prior_mix)
+        prior_loss = prior_log_std + 0.5 * of_mixture * (-2 * prior_log_std).exp()  # eq. (8)
+        metrics = {"policy/kl": weighted_mean(kl, weight), "policy/alpha": alpha.flatten(),
+                   "policy/entropy": -weighted_mean(log_prob, weight)}
         return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
 
-    def restrain_model(self):
-        """Cut the model's gradient, trial by trial, to a length not too large, and let its learning rate fall.
-
-        The critic's gradient is not cut, so that a batch in which episodes end counts in full.
-        """
+    def clip_gradient(self):
+        """Cut the model's gradient, per trial. The critic's stays: a batch in which episodes end counts in full."""
         grads = [parameter.grad for parameter in self.model]
         norms = torch.stack([torch.linalg.vector_norm(grad, dim=(-2, -1)) for grad in grads])
         scale = (self.max_grad_norm / norms.norm(dim=0)).clamp(max=1).view(-1, 1, 1)
         torch._foreach_mul_(grads, [scale] * len(grads))
-        self.opts["model"].param_groups[0]["lr"].copy_(self.first_rate * (1 + self.updates / RATE_HOLD).rsqrt())
 
     def update(self, rows, weight):
         """One E-step and one M-step on windows (trials, length, n, ·); returns latent states and metrics."""
-        window, n = self.follow(rows, weight), rows.shape[2]
-        latent, going_on = window["latent"], window["weight"] * (1 - window["ended"])
+        n = rows.shape[2]
+        window = self.infer_latents(rows, weight)
+        latent = window["latent"]
         _, action, reward, _, terminated, *_ = rows.flatten(1, 2).split(self.widths, -1)
         with torch.no_grad():
             next_value = self.soft_value(latent[:, n:], self.critic_target)
             target = reward / self.percepts.std[..., -1:] + self.args.gamma * (1 - terminated) * next_value
-        shaped = latent.detach() if self.generative else latent
-        critic_loss, metrics = self.critic_loss(shaped[:, :-n], action, target, weight.flatten(1, 2))
-        model_loss, terms = self.model_loss(**window)
+        critic_latent = (latent.detach() if self.generative else latent)[:, :-n]  # see deviation 9
+        critic_loss, metrics = self.critic_loss(critic_latent, action, target, weight.flatten(1, 2))
+        model_loss, model_metrics = self.model_loss(**window)
         (critic_loss + model_loss).backward()  # E-step of q(z), M-step of the model
-        loss, prior_loss, more = self.policy_losses(latent.detach()[:, ::POLICY_EVERY], going_on[:, ::POLICY_EVERY])
-        loss.backward(inputs=self.policy)  # E-step of q(a), through critics and model, which get no gradient from it
+        acting = window["weight"] * (1 - window["ended"])  # no action follows the end
+        some = slice(None, None, POLICY_EVERY)
+        policy_loss, prior_loss, policy_metrics = self.policy_losses(latent.detach()[:, some], acting[:, some])
+        policy_loss.backward(inputs=self.policy)  # E-step of q(a): critics and model get no gradient from it
         prior_loss.backward()  # M-step of p(a)
-        self.restrain_model()
+        self.clip_gradient()
+        self.opts["model"].param_groups[0]["lr"].copy_(self.initial_rate * (1 + self.updates / RATE_HOLD).rsqrt())
         for opt in self.opts.values():
             opt.step()
             opt.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
             self.updates += 1
-        return latent.detach().unflatten(1, (-1, n)), metrics | terms | more
+        metrics |= model_metrics | policy_metrics
+        return latent.detach().unflatten(1, (-1, n)), {name: value.detach() for name, value in metrics.items()}
 
     def learn(self, buffer):
         """Updates on replayed windows, whose latent states the buffer keeps; returns metrics, each (trials,)."""
@@ -553,13 +548,13 @@ class Agent(nn.Module):
         cuda = [self.args.device] if self.args.device.startswith("cuda") else []
         with torch.random.fork_rng(cuda):  # how often metrics are logged changes nothing else
             rows, _, weight = buffer.sample(self.args.windows, self.args.window_length)
-            window = self.follow(rows, weight)
-            before, action = window["before"], window["action"]
-            marginal = self.log_marginal(before, action, window["percept"], window["posterior"])
-            prior = self.latent_prior(before, action)
+            window = self.infer_latents(rows, weight)
+            before = window["last_latent"], window["last_action"]
+            marginal = self.log_marginal(*before, window["percept"], window["posterior"])
+            prior = self.latent_prior(*before)
             lower, upper = self.information(sample(*prior), prior)
-        terms = {"log_marginal": marginal, "information": lower, "information_upper": upper}
-        return {f"model/{name}": weighted_mean(term, window["weight"]) for name, term in terms.items()}
+        terms = {"model/log_marginal": marginal, "model/information": lower, "model/information_upper": upper}
+        return {name: weighted_mean(term, window["weight"]) for name, term in terms.items()}
 
     @torch.no_grad()
     def fit_scales(self, buffer):
@@ -575,12 +570,13 @@ class Agent(nn.Module):
             self.changes.fit(next_obs - obs)
             return
         ratio, shift = self.percepts.std / std, (self.percepts.mean - mean) / std  # old = ratio * new + shift
-        first = self.latent_dim + self.action_dim  # behind it a network reads the percept
-        for net in [self.latent_posterior] if self.generative else [self.latent_posterior, self.latent_prior]:
+        first = self.latent_dim + self.action_dim
+        percept = slice(first, first + ratio.shape[-1])  # where a first layer reads it
+        readers = [self.latent_posterior] if self.generative else [self.latent_posterior, self.latent_prior]
+        for net in readers:
             layer = net.layers[0]
-            weight = layer.weight[:, first : first + ratio.shape[-1]]  # (trials, percept, hidden)
-            layer.bias += shift @ weight
-            weight *= ratio.mT
+            layer.bias += shift @ layer.weight[:, percept]
+            layer.weight[:, percept] *= ratio.mT
         if self.generative:
             out = self.decoder.layers[-1]
             out.weight[..., :-1] /= ratio
@@ -595,13 +591,12 @@ class Agent(nn.Module):
 def train(args):
     """Algorithm 1, amortized: every step of acting is followed by an update on windows of what has been seen."""
     envs = make_envs(args, args.trials)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    agent = Agent(args, obs_dim, action_dim)
+    agent = Agent(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     buffer = EpisodeBuffer(args.trials, args.buffer_size, agent.widths, args.device)
     run, metrics = Run(args, agent, envs, [buffer]), {}
-    last = agent.begin(run.obs)  # latent state, action, reward and observation before the present observation
+    last = agent.begin(run.obs)  # what perceive() takes beside the present observation
     for step in run.steps():
-        # infer, act: at random at first
+        # infer, act: at random at first; an episode's first observation has nothing before it
         time = run.column(run.envs.episode_lengths)
         last = [torch.where(time == 0, first, value) for first, value in zip(agent.begin(run.obs), last)]
         latent = agent.perceive(run.obs, *last)
@@ -627,7 +622,7 @@ def train(args):
 
 @torch.no_grad()
 def evaluate(agent, envs, args, stop=()):
-    """Metric -> (trials, episodes): q(a), then p(a); means of q(z) and of actions, fixed seeds, or until a signal."""
+    """Metric -> (trials, episodes), for q(a) and then p(a): the means of q(z) and of the actions, on fixed seeds."""
     metrics = {}
     for policy, suffix in (("posterior", ""), ("prior", "_prior")):
         obs, _ = envs.reset(seed=args.seed + 10_000)
@@ -635,13 +630,12 @@ def evaluate(agent, envs, args, stop=()):
         alive = np.ones(envs.num_envs, bool)
         last = None
         while alive.any() and lengths.max() < args.max_eval_steps and not stop:
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
-            last = last or agent.begin(obs)
-            latent = agent.perceive(obs, *last, noise=torch.zeros_like(last[0]))
+            seen = torch.as_tensor(obs, dtype=torch.float32, device=args.device).unflatten(0, (args.trials, -1))
+            last = last or agent.begin(seen)
+            latent = agent.perceive(seen, *last, deterministic=True)
             action = agent.act(latent, policy, deterministic=True)
-            next_obs, reward, terminated, truncated, _ = envs.step(action.flatten(0, 1).cpu().numpy())
-            received = torch.as_tensor(reward, dtype=torch.float32, device=args.device).view(args.trials, -1, 1)
-            last, obs = (latent, action, received, obs), next_obs
+            obs, reward, terminated, truncated, _ = envs.step(action.flatten(0, 1).cpu().numpy())
+            last = latent, action, seen.new_tensor(reward).view(args.trials, -1, 1), seen
             returns += alive * reward
             discounted += alive * reward * args.gamma**lengths
             lengths += alive

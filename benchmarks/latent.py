@@ -55,7 +55,7 @@ def record(agent, saved, deterministic=False):
         seen, velocity = column(obs), column([true_velocity(env.unwrapped) for env in envs.envs])
         last = last or agent.begin(seen)  # latent state, action, reward, observation
         noisy = agent.perceive(seen, *(last if not tape else (tape["noisy"][-1], *last[1:])))
-        latent = agent.perceive(seen, *last, noise=torch.zeros_like(last[0]))
+        latent = agent.perceive(seen, *last, deterministic=True)
         action = agent.act(latent, "posterior", deterministic)
         for name, value in (("obs", seen), ("reward", last[2]), ("latent", latent), ("noisy", noisy),
                             ("action", action), ("velocity", velocity), ("alive", column(alive))):

@@ -65,7 +65,7 @@ def test_densities_against_distributions():
 
 A, B, Q, R, C = 0.9, 0.5, 0.3, np.array([0.2, 0.5]), np.array([1.0, -0.7])
 START = 0.4
-PARTS = ("before", "action", "percept", "posterior")
+PARTS = ("last_latent", "last_action", "percept", "posterior")
 
 
 def sequence(steps=6, seed=0):
@@ -109,17 +109,17 @@ def smoother(actions, percepts):
 def linear_agent(posterior, kind="generative", **flags):
     """An agent whose networks are the model's own and whose q is `posterior`(t, prior mean, percept) -> mean, std."""
     agent = build(1, 1, agent=kind, **{"latent_dim": 1} | flags).double()
-    clock = SimpleNamespace(t=0)
+    clock = SimpleNamespace(t=-1)  # a window begins with the percept before its first step
     predict = lambda z, u: A * z + B * u
     constant = lambda like, std: torch.full_like(like, math.log(std))
 
     def infer(z, u, x):
-        mean, std = posterior(clock.t, predict(z, u), x)
+        mean, std = posterior(clock.t, predict(z, u), x[..., :2])  # without the change of the observation
         clock.t += 1
         return mean, constant(mean, std)
 
     def bayes_prior(z, u, x):
-        mean, std = exact(None, predict(z, u), x)
+        mean, std = exact(None, predict(z, u), x[..., :2])
         return mean, constant(mean, std)
 
     prior = (lambda z, u: (predict(z, u), constant(z, math.sqrt(Q)))) if kind == "generative" else bayes_prior
@@ -127,7 +127,7 @@ def linear_agent(posterior, kind="generative", **flags):
     if kind == "generative":
         agent.log_scale.data[:] = torch.as_tensor(np.log(R) / 2)
         agent.decode = lambda z: (z * torch.as_tensor(C), agent.log_scale, torch.full_like(z, -50.0))
-    return agent
+    return agent.requires_grad_(False)
 
 
 def exact(t, prior_mean, x):
@@ -149,13 +149,15 @@ def expected_terms(agent, actions, percepts):
     steps = len(actions)
     noise = math.sqrt(steps) * torch.cat([torch.eye(steps), -torch.eye(steps)]).double().T.reshape(1, -1, 1)
     n = noise.shape[1] // steps
-    actions = torch.as_tensor(actions).repeat_interleave(n).view(1, -1, 1)
-    percepts = torch.as_tensor(percepts).repeat_interleave(n, 0)[None]
-    start = torch.full((1, n, 1), START, dtype=torch.float64)
-    latent, *posterior = agent.unroll(start, actions, percepts, noise)
-    window = {"before": torch.cat([start, latent[:, :-n]], 1), "latent": latent, "posterior": posterior,
-              "action": actions, "percept": percepts, "sight": percepts, "ended": torch.zeros_like(latent),
-              "weight": torch.ones_like(latent)}
+    columns = {"obs": 0, "action": actions, "reward": percepts[:, 1], "next_obs": percepts[:, 0], "terminated": 0,
+               "latent": START, "time": 1 + np.arange(steps)}
+    rows = torch.stack([torch.as_tensor(x).double().expand(steps) for x in columns.values()], -1)
+    rows = rows[None, :, None].expand(1, steps, n, -1)
+    with pytest.MonkeyPatch.context() as patch:  # no noise where the window begins: z is the row's there
+        patch.setattr(torch, "randn", lambda *size, device: torch.cat([torch.zeros(1, n, 1).double(), noise], 1))
+        window = agent.infer_latents(rows, torch.ones_like(rows[..., :1]))
+    cut = lambda value: [x[:, n:] for x in value] if isinstance(value, list) else value[:, n:]
+    window = {key: cut(value) for key, value in window.items()}  # without that percept, which does not count
     means = agent.model_loss(**window)[1]
     return {name.removeprefix("model/"): steps * mean.item() for name, mean in means.items()}, window
 
@@ -411,10 +413,12 @@ def test_online_filter_is_batch_inference():
     rows[..., -1] = torch.arange(12).view(12, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", lambda *size, device: noise)
-        batch = agent.follow(rows, torch.full((2, 12, 3, 1), 1 / 12))["latent"].unflatten(1, (13, 3))
+        batch = agent.infer_latents(rows, torch.full((2, 12, 3, 1), 1 / 12))["latent"].unflatten(1, (13, 3))
     last, obs = agent.begin(rows[:, 0, :, :2]), rows[:, 0, :, :2]
     for t in range(13):
-        latent = agent.perceive(obs, *last, noise=noise[:, 3 * t : 3 * t + 3])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VEM, "sample", lambda mean, log_std: mean + log_std.exp() * noise[:, 3 * t : 3 * t + 3])
+            latent = agent.perceive(obs, *last)
         torch.testing.assert_close(latent, batch[:, t])
         if t < 12:
             last, obs = (latent, rows[:, t, :, 2:3], rows[:, t, :, 3:4], obs), rows[:, t, :, 4:6]
@@ -429,11 +433,12 @@ def test_later_scales_change_no_output_in_the_units_of_the_task(kind):
         parameter.data += 0.1 * torch.randn_like(parameter)
     torch.manual_seed(0)
     random = lambda width: torch.randn(2, 7, width, dtype=torch.float64)
-    before, action, obs, reward, last_obs, noise = (random(n) for n in (agent.latent_dim, 1, 2, 1, 2, agent.latent_dim))
+    before, action, obs, reward, last_obs = (random(n) for n in (agent.latent_dim, 1, 2, 1, 2))
 
     def outputs():
         percept, unit = agent.percepts(torch.cat([obs, reward], -1)), agent.percepts.std[..., -1:]
-        latent = agent.perceive(obs, before, action, reward, last_obs, noise)
+        torch.manual_seed(2)
+        latent = agent.perceive(obs, before, action, reward, last_obs)
         found = {"q": agent.critic(torch.cat([latent, action], -1)) * unit, "alpha": agent.log_alpha.exp() * unit,
                  "target": agent.critic_target(torch.cat([latent, action], -1)) * unit,
                  "action": agent.act(latent, deterministic=True), "prior": agent.act(latent, "prior", deterministic=True)}
@@ -510,21 +515,21 @@ def run(path, **flags):
 
 def test_rewards_and_actions_are_aligned(tmp_path, monkeypatch):
     """The posterior sees at x_t the reward that came with it and the action before it: a counter tells which."""
-    seen, follow, perceive = [], VEM.Agent.follow, VEM.Agent.perceive
+    seen, infer, perceive = [], VEM.Agent.infer_latents, VEM.Agent.perceive
 
-    def watched_follow(agent, rows, weight):
-        window = follow(agent, rows, weight)
+    def watched_infer(agent, rows, weight):
+        window = infer(agent, rows, weight)
         percept = window["percept"] * agent.percepts.std + agent.percepts.mean
-        seen.append((percept, window["action"], window["weight"]))
+        seen.append((percept, window["last_action"], window["weight"]))
         return window
 
-    def watched_perceive(agent, obs, latent, action, reward, last_obs, noise=None):
+    def watched_perceive(agent, obs, latent, action, reward, last_obs, deterministic=False):
         count, last_count = obs[..., :1] % 100, last_obs[..., :1] % 100
         assert torch.equal(count - last_count, (count > 0).float())
         seen.append((torch.cat([obs, reward], -1), action, torch.ones_like(reward)))
-        return perceive(agent, obs, latent, action, reward, last_obs, noise)
+        return perceive(agent, obs, latent, action, reward, last_obs, deterministic)
 
-    monkeypatch.setattr(VEM.Agent, "follow", watched_follow)
+    monkeypatch.setattr(VEM.Agent, "infer_latents", watched_infer)
     monkeypatch.setattr(VEM.Agent, "perceive", watched_perceive)
     run(tmp_path / "run", env_id="tiny_envs:Counter-v0", trials=2, eval_every=1000, total_steps=39)
     firsts = 0
@@ -587,7 +592,7 @@ def test_windows_start_from_what_was_inferred_there():
     agent = build()
     buffer = fill(agent, length=30)
     rows, _, weight = buffer.sample(40, 6)
-    window, begins = agent.follow(rows, weight), rows[0, 0, :, -1] == 0
+    window, begins = agent.infer_latents(rows, weight), rows[0, 0, :, -1] == 0
     first = window["latent"][0, :40]
     assert 0 < begins.sum() < 40
     assert torch.equal(first[~begins], rows[0, 0, :, buffer.latent][~begins])
@@ -690,7 +695,7 @@ def test_gradients_of_the_model_are_cut_per_trial_and_those_of_the_critic_are_no
     bias = agent.critic.layers[-1].bias  # (2, trials, 1, 1)
     loss = (bias * torch.tensor([3.0, 0.01]).view(2, 1, 1)).sum()
     (loss + sum(0 * parameter.sum() for parameter in agent.model)).backward()
-    agent.restrain_model()
+    agent.clip_gradient()
     assert agent.first_latent.grad[:, 0].norm(dim=1).tolist() == pytest.approx([0.5, 0.01 * math.sqrt(4)])
     assert bias.grad.flatten().tolist() == pytest.approx([3.0, 0.01, 3.0, 0.01])
 
