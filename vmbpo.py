@@ -148,6 +148,8 @@ class Args:
             yield "target_entropy", "has no effect with --entropy none"
         if self.beta == 0:
             yield "beta", "must not be 0"
+        if self.log_ratio_in_critic and math.isinf(self.beta):
+            yield "log_ratio_in_critic", "needs a finite --beta"
         with refusing(f"--termination-fn {self.termination_fn}"):
             if self.termination_fn and not callable(pkgutil.resolve_name(self.termination_fn)):
                 raise TypeError("not a function")

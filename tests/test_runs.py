@@ -567,6 +567,12 @@ def test_beta_refused(name, command, capsys, tmp_path):
     assert command in refusal(name, command.split(), capsys, tmp_path)
 
 
+def test_infinite_beta_times_a_log_ratio_is_refused(capsys, tmp_path):
+    """Where q is p it would be ∞ · 0."""
+    command = ["--env-id", "Pendulum-v1", "--beta=-inf", "--log-ratio-in-critic"]
+    assert "--log-ratio-in-critic True: needs a finite --beta" in refusal("vmbpo", command, capsys, tmp_path)
+
+
 @model_based
 def test_infinite_beta_is_allowed_where_there_is_one(name):
     """∞ is MBPO, as the flag's help says; rows of metrics before the first update do not stop the run."""
