@@ -28,8 +28,8 @@ Deviations from the paper, each with the flag that goes back where there is one;
  6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1. `--entropy none`: no bonus.
  8. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
- 9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on the
-    minibatches of a fit; dynamics with MBPO's learning rate 1e-3 (not 3e-4), SiLU (not ReLU) and weight decay.
+ 9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
+    fit's minibatches, standardised targets; dynamics with MBPO's rate 1e-3 (not 3e-4), SiLU (not ReLU), weight decay.
 
     python beta_vmbpo.py --env-id Walker2d-v4
     python beta_vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video

@@ -22,10 +22,10 @@ Deviations from the paper, each with the flag that goes back where there is one;
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
- 6. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1. `--entropy none`: no bonus.
+ 6. Actor and critic have an entropy bonus with tuned α. `--entropy none`: no bonus, as VMBPO has in Appendix C.1.
  7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
- 8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on the
-    minibatches of a fit; dynamics with MBPO's learning rate 1e-3 (not 3e-4), SiLU (not ReLU) and weight decay.
+ 8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
+    fit's minibatches, standardised targets; dynamics with MBPO's rate 1e-3 (not 3e-4), SiLU (not ReLU), weight decay.
  9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
 
     python vmbpo.py --env-id Walker2d-v4

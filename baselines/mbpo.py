@@ -5,23 +5,24 @@
 # ///
 """MBPO: model-based policy optimization, the baseline of the variational methods beside it, in one file.
 
-After Janner et al., "When to Trust Your Model" (2019), with the settings of the β-VMBPO paper (Table 1, Appendix C.1).
-An ensemble of Gaussian dynamics p(s',r|s,a) is fitted to replayed transitions by maximum likelihood; soft actor-critic
-learns from short roll-outs that branch off replayed states, mixed with real transitions.
+After Janner et al., "When to Trust Your Model" (2019), with the settings of the β-VMBPO paper (Table 1, Appendix C.1);
+the dynamics keep Janner et al.'s learning rate and SiLU. An ensemble of Gaussian dynamics p(s',r|s,a) is fitted to
+replayed transitions by maximum likelihood; soft actor-critic learns from short roll-outs that branch off replayed
+states, mixed with real transitions as in the authors' code.
 
     J(θ) = −E_env[log p_θ(s',r|s,a)]                                                                    (10)
     J(ψ) = E_model[(Q_ψ(s,a) − r − γ V'(s'))²],  V'(s') = E_π[min Q'(s',a') − α log π(a'|s')]           (12)
     J(ω) = E_model[E_{a~π}[α log π(a|s) − min Q(s,a)]],  J(α) = E[−α (log π(a|s) + target entropy)]     (13)
 
-The numbers are those of the β-VMBPO paper, whose objectives these are where q is p. Deviations from Janner et al., each
-with the flag that goes back where there is one; docs/mbpo.md says more:
- 1. A fit makes a fixed number of passes, within bounds on its minibatches; theirs goes on until a hold-out error rests.
+The numbers are those of the β-VMBPO paper, whose objectives these are where q is p, but for the terms with α.
+Deviations from Janner et al., each with the flag that goes back where there is one; docs/mbpo.md says more:
+ 1. A fit makes a fixed number of passes, within bounds on its minibatches; theirs stops early, by the hold-out error.
  2. Within a fit the rate rises and falls to zero. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one.
     `--fit-rule constant`: neither.
  3. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
- 4. Inputs and targets are standardised, imagined states clipped to the data's range, every fifth row is held out for
+ 4. Targets are standardised as inputs are, imagined states clipped to the data's range, every fifth row is held out for
     good, and roll-outs are dealt to the elites in chunks.
- 5. The target entropy is −(action dimensions)/2, close to their values per task. `--target-entropy`: another.
+ 5. The target entropy is −(action dimensions)/2, theirs on Walker2d, HalfCheetah and Ant. `--target-entropy`: another.
 
     python baselines/mbpo.py --env-id Walker2d-v4
     python baselines/mbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
