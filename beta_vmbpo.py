@@ -317,11 +317,11 @@ class Agent(nn.Module):
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
-        models = [*self.model.groups(), *self.posterior_model.groups(), {"params": self.terminator.parameters()}]
+        groups = [*self.model.groups(), *self.posterior_model.groups(), {"params": self.terminator.parameters()}]
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "models": torch.optim.Adam(models, args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
+            "models": torch.optim.Adam(groups, args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
             "beta": torch.optim.Adam([self.log_beta], args.beta_lr, **adam),
         }
         self.learn = captured(self.learn, args)  # with --cuda-graph
@@ -452,10 +452,10 @@ class Agent(nn.Module):
 
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
-        args, count, shape = self.args, buffer.rows().shape[1], (self.args.ensemble_size, self.args.trials)
+        args, shape = self.args, (self.args.ensemble_size, self.args.trials)
         self.fit_statistics(buffer)
         weights = self.transition_weights(buffer)
-        num_train = count - math.ceil(count / HOLD_OUT_EVERY)
+        num_train = buffer.rows().shape[1] * (HOLD_OUT_EVERY - 1) // HOLD_OUT_EVERY
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         least = args.min_batches if self.opts["models"].state else args.min_first_batches  # no state: the first fit
         batches = min(max(args.epochs * num_train // args.batch_size, least), args.max_batches)
@@ -463,19 +463,20 @@ class Agent(nn.Module):
         for group in self.opts["models"].param_groups:
             group["lr"] = rate
 
-        def minibatch(posterior):
-            rows = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
-            rows += rows // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
-            batch = buffer.storage[buffer.trial, rows].split(buffer.widths, -1)
+        def minibatch(joint):
+            index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
+            index += index // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
+            batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
             *_, next_obs, terminated = batch
             logit = self.terminator(self.states(next_obs[0]))  # learns from the first member's rows
             end_loss = F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="sum") / args.batch_size
             loss = self.model_loss(self.model, batch) + end_loss
-            if posterior:  # else q has no gradient, and Adam leaves it as it is
-                loss = loss + self.model_loss(self.posterior_model, batch, weights[buffer.trial, rows])
+            if joint:  # else q has no gradient, and Adam leaves it as it is
+                loss = loss + self.model_loss(self.posterior_model, batch, weights[buffer.trial, index])
             self.descend("models", loss)
 
-        prior_step, joint_step = captured(partial(minibatch, False), args), captured(partial(minibatch, True), args)
+        prior_step = captured(partial(minibatch, joint=False), args)
+        joint_step = captured(partial(minibatch, joint=True), args)
         start = int(POSTERIOR_START[args.fit_rule] * batches)
         for i in range(batches):
             rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
@@ -488,15 +489,14 @@ class Agent(nn.Module):
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):
         """Branch `rollouts` short roll-outs in the dynamics from replayed states."""
-        args = self.args
-        horizon = round(np.interp(step, (args.horizon_from, args.horizon_until), (1, args.horizon)))
-        obs = buffer.sample(args.rollouts)[..., : self.obs_dim]
+        horizon = round(np.interp(step, (self.args.horizon_from, self.args.horizon_until), (1, self.args.horizon)))
+        obs = buffer.sample(self.args.rollouts)[..., : self.obs_dim]
         for _ in range(horizon):
             action = torch.cat([self.act(o) for o in obs.split(10_000, 1)], 1)  # for smaller temporaries
             next_obs, reward, end_prob = self.predict(obs, action)
             model_buffer.add(obs, action, reward, next_obs, end_prob)
             if horizon > 1:  # a branch that ended starts again from a replayed state
-                fresh = buffer.sample(args.rollouts)[..., : self.obs_dim]
+                fresh = buffer.sample(self.args.rollouts)[..., : self.obs_dim]
                 obs = torch.where(torch.rand_like(end_prob) < end_prob, fresh, next_obs)
 
     def update(self, batch):
@@ -505,11 +505,12 @@ class Agent(nn.Module):
         target = reward + self.args.gamma * (1 - terminated) * self.value(next_obs)  # eq. (12)
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
-        action, log_prob = self.actor.sample(obs)
-        policy_q, alpha = self.critic(torch.cat([obs, action], -1)).amin(0), self.log_alpha.exp()
-        loss = alpha.detach() * log_prob - policy_q if self.args.entropy == "both" else -policy_q  # eq. (13)
+        policy_action, log_prob = self.actor.sample(obs)
+        policy_q = self.critic(torch.cat([obs, policy_action], -1)).amin(0)
+        alpha = self.log_alpha.exp()
+        actor_loss = alpha.detach() * log_prob - policy_q if self.args.entropy == "both" else -policy_q  # eq. (13)
         alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
-        self.descend("actor", (loss + alpha_loss).mean((-2, -1)).sum())
+        self.descend("actor", (actor_loss + alpha_loss).mean((-2, -1)).sum())
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return q.detach(), target, log_prob.detach()
