@@ -176,7 +176,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # relu in place: the largest tensors
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these tensors are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype

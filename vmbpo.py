@@ -22,7 +22,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
- 6. Actor and critic have an entropy bonus with tuned α. `--entropy none`: no bonus, as VMBPO has in Appendix C.1.
+ 6. Actor and critic have an entropy bonus with tuned α. `--entropy none`: no bonus, like VMBPO in Appendix C.1.
  7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
     fit's minibatches, standardised targets; dynamics with MBPO's rate 1e-3 (not 3e-4), SiLU (not ReLU), weight decay.
@@ -217,7 +217,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # relu in place: the largest tensors
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these tensors are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -267,7 +267,7 @@ class Normalizer(nn.Module):
 
 
 class Dynamics(StackedMLP):
-    """Ensemble of Gaussians over the normalised (Δobs, reward), with log-variances between learned bounds."""
+    """Ensemble of Gaussians over normalised (Δobs, reward): x (*stack, batch, in) -> mean, bounded log_var."""
 
     def __init__(self, stack, in_dim, out_dim, hidden_dims):
         super().__init__(stack, (in_dim, *hidden_dims, 2 * out_dim), F.silu)
@@ -341,7 +341,7 @@ class Agent(nn.Module):
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of all or some members over normalised (Δobs, reward): (ensemble, trials, n, ·)."""
+        """Mean and log-variance of normalised (Δobs, reward), of all or indexed members: (ensemble, trials, n, out)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -405,10 +405,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def predict(self, obs, action):
-        """s' ~ q_φ, r ~ p_θ and P(end at s'); rows are dealt to the elites in equal chunks."""
+        """s' ~ q_φ, r ~ p_θ and P(end at s'): (trials, n, ·) each; rows are dealt to the elites in equal chunks."""
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            members = (elite, range(len(o)))
+            members = (elite, range(len(o)))  # each trial's own
             prior_mean, prior_log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
             posterior_mean, posterior_log_var = self.moments(self.posterior_model, o, a, members)
             prior = Normal(prior_mean, (0.5 * prior_log_var).exp())

@@ -200,7 +200,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # relu in place: the largest tensors
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these tensors are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -250,7 +250,7 @@ class Normalizer(nn.Module):
 
 
 class Dynamics(StackedMLP):
-    """Ensemble of Gaussians over the normalised (Δobs, reward), with log-variances between learned bounds."""
+    """Ensemble of Gaussians over normalised (Δobs, reward): x (*stack, batch, in) -> mean, bounded log_var."""
 
     def __init__(self, stack, in_dim, out_dim, hidden_dims):
         super().__init__(stack, (in_dim, *hidden_dims, 2 * out_dim), F.silu)
@@ -322,7 +322,7 @@ class Agent(nn.Module):
         return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of all or some members over normalised (Δobs, reward): (ensemble, trials, n, ·)."""
+        """Mean and log-variance of normalised (Δobs, reward), of all or indexed members: (ensemble, trials, n, out)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -334,7 +334,7 @@ class Agent(nn.Module):
         opt.step()
 
     def model_loss(self, model, batch):
-        """Negative log-likelihood of one minibatch per member."""
+        """Gaussian loss of one minibatch per member (ensemble, trials, n, ·); summed."""
         obs, action, reward, next_obs, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(model, obs, action)
@@ -355,10 +355,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def predict(self, obs, action):
-        """s', r ~ p and P(end at s'); rows are dealt to the elites in equal chunks."""
+        """s', r ~ p_θ and P(end at s'): (trials, n, ·) each; rows are dealt to the elites in equal chunks."""
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
-            members = (elite, range(len(o)))
+            members = (elite, range(len(o)))  # each trial's own
             mean, log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
             sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
             next_obs = (o + sample[..., : self.obs_dim]).clamp(*self.state_range)
