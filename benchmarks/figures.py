@@ -10,7 +10,6 @@ of them go on.
 
 import dataclasses
 import importlib.util
-import json
 import math
 import sys
 from collections import defaultdict
@@ -53,7 +52,7 @@ class Args:
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
     task: str = ""  # draw all runs in one panel under this name; default: one per task
-    solved: float | None = None  # tell at which steps the trials first return as much, and which return less again
+    solved: float | None = None  # tell at which steps of the csv the trials first return as much, and which less again
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
     from_csv: bool = False  # draw from the committed csv
@@ -74,11 +73,10 @@ def runs_of(args):
 
 
 def collect(args):
-    """Rows of the metrics asked for; at most about 100 steps per curve, five digits."""
+    """Rows of the metrics asked for; of at most 199 steps per curve, the last among them, with five digits."""
     trials = defaultdict(int)
     for label, run in runs_of(args):
-        settings = Path(run) / "args.json"
-        task = args.task or (json.loads(settings.read_text())["env_id"] if settings.is_file() else "")
+        task = args.task or grid.load_json(Path(run) / "args.json").get("env_id", "")
         curves = group([row for row in metrics_of(run) if row[2] in args.metrics], 2)
         for metric, rows in curves.items():
             steps = sorted({step for step, *_ in rows})

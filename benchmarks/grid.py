@@ -7,9 +7,7 @@
 A run is a plain `python SCRIPT.py …` with a directory of its own. Beside it lie its log and, since it last stopped,
 its command, exit code, seconds and commit (RUN_DIR.log, RUN_DIR.json). Ctrl-C, SIGTERM or a lost terminal let all
 that runs save and end; the same command goes on from there, also after a restart of the machine. A run holds a lock
-on RUN_DIR.lock, which its process inherits: two never write to one directory, and a run saves and ends with its
-parent. To publish, run from a `git worktree` of one commit, with --runs-dir outside of it; on a cluster it must be a
-folder that all nodes share.
+on RUN_DIR.lock, which its process inherits: two never write to one directory, and a run saves and ends with its parent.
 """
 
 import ctypes
@@ -139,7 +137,8 @@ def print_status(args, runs):
     known = [speed for _, speed in filter(None, speeds)]
     hours, unknown = 0.0, 0
     for run, now, speed in zip(runs, states, speeds):
-        (step, _), (_, value) = last(run.dir) or (0, 0), last(run.dir, "eval/return") or (0, float("nan"))
+        step, _ = last(run.dir) or (0, 0)
+        _, value = last(run.dir, "eval/return") or (0, float("nan"))
         total, sps = total_steps(run), speed[1] if speed else sum(known) / max(1, len(known))
         to_go = 0.0 if now == "finished" else (total - step) / sps / 3600 if total and sps else None
         hours, unknown = hours + (to_go or 0), unknown + (to_go is None)
@@ -191,7 +190,8 @@ def attempt(run, threads):
             process.send_signal(signal.SIGINT)
         code = process.wait()
         RUNNING.remove(process)
-        note, at_its_end = load_json(f"{run.dir}.json"), (last(run.dir) or (0,))[0] >= (total_steps(run) or 0)
+        note, (reached, _) = load_json(f"{run.dir}.json"), last(run.dir) or (0, 0)
+        at_its_end = reached >= (total_steps(run) or 0)
         if code == 0 and not at_its_end:  # a signal ended it
             code = -1
         if code == 2 and not note and at_its_end:  # it had come to its end, and there was no time to note it

@@ -108,7 +108,8 @@ def measure(args, label, run):
     trial, along the episode in which the velocity varies most: the true and the decoded velocity, and the open-loop
     prediction. Of all episodes: the share of the observations within two standard deviations of the prediction."""
     agent, saved, _, step = open_run(run, script="active_vem", eval_episodes=args.episodes)
-    tape, alive = record(agent, saved), lambda trial, episode: int(tape["alive"][trial, :, episode].sum())
+    tape = record(agent, saved)
+    alive = lambda trial, episode: int(tape["alive"][trial, :, episode].sum())
     rows = [(label, step, trial, metric, decode_velocity(tape, trial, source)[0])
             for trial in range(saved.trials) for metric, (source, _) in SOURCES.items()]
     found = [decode_velocity(tape, trial) for trial in range(saved.trials)]

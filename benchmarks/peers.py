@@ -2,7 +2,6 @@
 
     python benchmarks/peers.py --algorithm SAC --env-id Hopper-v4 --total-steps 150_000 --run-dir runs/sb3_hopper
     python benchmarks/peers.py --algorithm RecurrentPPO --env-id benchmarks.tasks:PositionsPendulum-v1
-    python benchmarks/figures.py --name sac_hopper --runs runs/sb3_hopper runs/hopper
 
 SAC, TQC and CrossQ learn from step --learning-starts on. SAC then has the settings of `sac_iterative.py --inference
 direct --prior uniform --action-samples 1 --batch-size 256`: 2×256, 3e-4, τ 0.005, γ 0.99, one update per step.
