@@ -1,5 +1,6 @@
 """The mathematics of active_vem.py on linear-Gaussian models, against the Kalman filter and smoother written here."""
 
+import copy
 import csv
 import json
 import math
@@ -358,6 +359,120 @@ def test_prior_is_fitted_to_the_posterior_and_a_share_of_uniform_actions():
     agent.policy_losses(torch.zeros(1, 1, 4), torch.ones(1, 1, 1))[1].backward()
     assert mean.grad is None and log_std.grad is None
     assert all(abs(x.grad.item()) < 2e-3 for x in prior)
+
+
+def one_update(monkeypatch, **flags):
+    """An update of two trials at H = 0, whose gradients stay: its agent, metrics, rows, weights, window, noise in the
+    order in which it was drawn, and the target critics before it."""
+    agent = build(2, 2, trials=2, plan_horizon=0, max_grad_norm=1e9, tau=0.1, **flags)
+    rows, _, weight = fill(agent, 2, 2).sample(60, 5)
+    agent.double().log_alpha.data.copy_(torch.tensor([-1.0, 0.5]).view(2, 1, 1))
+    for parameter in agent.critic_target.parameters():
+        parameter.data.normal_(0, 0.3)
+    slow, windows, noise, infer_latents = copy.deepcopy(agent.critic_target), [], [], agent.infer_latents
+
+    def sample(mean, log_std):
+        noise.append(torch.randn_like(mean))
+        return mean + log_std.exp() * noise[-1]
+
+    monkeypatch.setattr(VEM, "sample", sample)
+    agent.infer_latents = lambda *args: windows.append(infer_latents(*args)) or windows[-1]
+    for opt in agent.opts.values():
+        opt.step = opt.zero_grad = lambda: None
+    metrics = agent.update(rows.double(), weight.double())[1]
+    return agent, metrics, rows.double().flatten(1, 2), weight.double().flatten(1, 2), windows[0], noise, slow
+
+
+def plain_policy(agent, latent, noise):
+    """Action, KL(q(a)‖p(a)) and log q(a|z), by torch.distributions."""
+    q, p = (Normal(mean, log_std.exp()) for mean, log_std in (agent.actor(latent), agent.prior_actor(latent)))
+    u = q.mean + q.stddev * noise
+    log_prob = (q.log_prob(u) - (1 - u.tanh() ** 2).log()).sum(-1, keepdim=True)
+    kl = kl_divergence(q, p).sum(-1, keepdim=True)
+    return u.tanh(), kl if agent.args.action_prior == "learned" else log_prob + 2 * math.log(2), log_prob
+
+
+def plain_mean(x, weight):
+    """Weighted mean over the rows of each trial."""
+    return torch.stack([(x[..., i, :, 0] @ weight[i, :, 0]) / weight[i].sum() for i in range(len(weight))], -1)
+
+
+@pytest.mark.parametrize("prior", ["learned", "uniform"])
+@pytest.mark.parametrize("kind", AGENTS)
+def test_critics_of_an_update(kind, prior, monkeypatch):
+    """(Q − r/σ − γ (1 − end) (min Q'(z', a') − α KL))², of both twins; Q' follows."""
+    agent, metrics, rows, weight, window, noise, slow = one_update(monkeypatch, agent=kind, action_prior=prior)
+    alpha, unit, latent = agent.log_alpha.exp(), agent.percepts.std[..., -1:], window["latent"].detach()
+    next_action, kl, _ = plain_policy(agent, latent[:, 60:], noise[0])
+    value = slow(torch.cat([latent[:, 60:], next_action], -1)).amin(0) - alpha * kl
+    target = rows[..., 4:5] / unit + 0.99 * (1 - rows[..., 7:8]) * value
+    q = agent.critic(torch.cat([latent[:, :-60], rows[..., 2:4]], -1))
+    error = plain_mean((q - target.detach()) ** 2, weight)  # (2, trials)
+    expected = torch.autograd.grad(error.sum(), [*agent.critic.parameters()])
+    for parameter, grad, old, new in zip(agent.critic.parameters(), expected, slow.parameters(),
+                                         agent.critic_target.parameters()):
+        torch.testing.assert_close(parameter.grad, grad)
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * parameter)
+    torch.testing.assert_close(metrics["loss/critic"], error.mean(0))
+    torch.testing.assert_close(metrics["value/q"], plain_mean(q, weight).mean(0) * unit.flatten())
+
+
+@pytest.mark.parametrize("prior", ["learned", "uniform"])
+@pytest.mark.parametrize("kind", AGENTS)
+def test_policy_of_an_update(kind, prior, monkeypatch):
+    """q(a) climbs min Q(z, a) − α KL where an action follows; ∂/∂log α = α (budget − KL)."""
+    agent, metrics, _, _, window, noise, _ = one_update(monkeypatch, agent=kind, action_prior=prior)
+    latent, alpha = window["latent"].detach()[:, ::2], agent.log_alpha.detach().exp()  # every other row
+    weight = window["weight"][:, ::2] * (window["ended"][:, ::2] == 0)
+    assert (window["weight"] * window["ended"])[:, ::2].any(1).all()  # some episodes ended
+    action, kl, log_prob = plain_policy(agent, latent, noise[-1])
+    q = agent.critic(torch.cat([latent, action], -1)).amin(0)
+    expected = torch.autograd.grad(plain_mean(alpha * kl - q, weight).sum(), [*agent.actor.parameters()])
+    for parameter, grad in zip(agent.actor.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, grad)
+    kl, budget = plain_mean(kl, weight), {"learned": 2 * 0.5, "uniform": 2 * 1.2}[prior]
+    torch.testing.assert_close(agent.log_alpha.grad.flatten(), alpha.flatten() * (budget - kl))
+    torch.testing.assert_close(metrics["policy/kl"], kl)
+    torch.testing.assert_close(metrics["policy/entropy"], -plain_mean(log_prob, weight))
+    torch.testing.assert_close(metrics["policy/alpha"], alpha.flatten())
+
+
+def test_discriminative_prior_of_an_update(monkeypatch):
+    """(6) in units of reward: α KL(q(z) ‖ p(z)), of which p(z) gets the gradient."""
+    agent, metrics, *_, window, _, _ = one_update(monkeypatch, agent="discriminative")
+    inputs = [window[key].detach() for key in ("last_latent", "last_action", "sight")]
+    (mean, log_std), (prior_mean, prior_log_std) = window["posterior"], agent.latent_prior(*inputs)
+    q, p = Normal(mean.detach(), log_std.detach().exp()), Normal(prior_mean, prior_log_std.exp())
+    kl = plain_mean(kl_divergence(q, p).sum(-1, keepdim=True), window["weight"])
+    loss = (agent.log_alpha.detach().exp().flatten() * kl).sum()
+    for parameter, grad in zip(agent.latent_prior.parameters(),
+                               torch.autograd.grad(loss, [*agent.latent_prior.parameters()])):
+        torch.testing.assert_close(parameter.grad, grad)
+    torch.testing.assert_close(metrics["model/kl"], kl)
+
+
+def test_the_end_is_learned_from_the_prior():
+    """Deviation 5: log p(end) of z ~ p, here 3, and not of the z ~ q that has seen it, here −3."""
+    agent = build(1, 1, latent_dim=1)
+    replace(agent, latent_prior=lambda z, u: (torch.full_like(z, 3.0), torch.full_like(z, -30.0)))
+    agent.decode = lambda z: (torch.cat([z, z], -1), agent.log_scale, z)
+    zero = torch.zeros(1, 4, 1)
+    ended, latent = torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1), zero - 3
+    metrics = agent.model_loss(zero, latent, (latent, zero), zero, torch.zeros(1, 4, 2), None, ended, zero + 1)[1]
+    expected = (math.log(1 / (1 + math.exp(-3))) + 3 * math.log(1 / (1 + math.exp(3)))) / 4
+    assert metrics["model/log_end"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_terms_that_are_only_reported():
+    """Each under its name, as a mean over what counts; the random numbers of a run stay as they are."""
+    agent = build()
+    buffer, state = fill(agent), torch.get_rng_state()
+    mark = lambda value: lambda latent, *_: torch.full_like(latent[..., :1], value)
+    agent.log_marginal = mark(3.0)
+    agent.information = lambda latent, prior: (mark(1.0)(latent), mark(2.0)(latent))
+    found = {name: value.item() for name, value in agent.assess(buffer).items()}
+    assert found == pytest.approx({"model/log_marginal": 3, "model/information": 1, "model/information_upper": 2})
+    assert torch.equal(torch.get_rng_state(), state) and build(agent="discriminative").assess(buffer) == {}
 
 
 @pytest.mark.parametrize("kind", AGENTS)
