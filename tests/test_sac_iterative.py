@@ -205,17 +205,22 @@ def test_network_gradient_is_that_of_the_objective_of_each_step(monkeypatch):
     """−J̃ differentiated through critics and actions in the ordinary way, each step's inputs held constant."""
     agent, obs = build(inference_iters=3), states()
     drawn = fix_noise(agent, monkeypatch)
-    agent.actor_loss(obs)[0].backward()
+    loss, metrics = agent.actor_loss(obs)
+    loss.backward()
     assert len(drawn) == 4 and all(parameter.grad is None for parameter in agent.critic.parameters())
-    params, total = torch.zeros(1, 6, 2, ACT, dtype=torch.float64), []
+    params, before, total = torch.zeros(1, 6, 2, ACT, dtype=torch.float64), [], []
     for k in range(3):
         leaf = params.detach().clone().requires_grad_()
         j = j_tilde(agent, 0, obs[0], leaf[0, :, 0], leaf[0, :, 1], drawn[k][0])
+        before.append(j.detach())
         params = updated(agent, obs, params.detach(), torch.autograd.grad(j.sum(), leaf)[0])
         total.append(j_tilde(agent, 0, obs[0], params[0, :, 0], params[0, :, 1], drawn[k + 1][0]).mean())
     expected = torch.autograd.grad(-sum(total) / 3, [*agent.actor.parameters()])
     for parameter, grad in zip(agent.actor.parameters(), expected):
         torch.testing.assert_close(parameter.grad, grad)
+    torch.testing.assert_close(metrics["policy/objective_prior"][0, :, 0], before[0])
+    torch.testing.assert_close(metrics["policy/objective_first"][0, :, 0], before[1])
+    torch.testing.assert_close(metrics["policy/objective_last"].mean(), total[-1].detach())
 
 
 @both
@@ -246,6 +251,18 @@ def test_acting_needs_no_gradients_and_any_number_of_iterations(inference):
     assert torch.equal(default, actions[1])
     torch.testing.assert_close(agent.act(obs[:, 4:5], deterministic=True), actions[3][:, 4:5])
     assert not torch.equal(agent.act(obs), agent.act(obs))
+
+
+@pytest.mark.parametrize("samples", [4, 10, 200])
+def test_noise_of_evaluation(samples):
+    """In each dimension the middles of equally likely parts of the normal, in an order that the others do not share."""
+    quantiles = build(action_dim=6, action_samples=samples).quantiles[0, :, 0]  # (samples, action_dim)
+    levels = (torch.arange(samples) + 0.5) / samples
+    expected = Normal(0.0, 1.0).icdf(levels)[:, None].expand(-1, 6).double()
+    torch.testing.assert_close(quantiles.sort(0).values, expected, atol=1e-5, rtol=1e-5)
+    assert len({tuple(order) for order in quantiles.argsort(0).T.tolist()}) > 3
+    if samples > 10:
+        assert (torch.corrcoef(quantiles.T) - torch.eye(6)).abs().max() < 0.3
 
 
 def test_policy_parameters_for_half_cheetah():
@@ -329,7 +346,9 @@ def plain_sac(agent, trial):
             next_value = q(targets, next_obs, next_action).amin(0) - log_alpha.exp() * next_log_prob
             target = reward + agent.args.gamma * (1 - terminated) * next_value
         critic_opt.zero_grad()
-        sum(((net(torch.cat([obs, action], -1)) - target) ** 2).mean() for net in twins).backward()
+        values = q(twins, obs, action)
+        error = (values - target) ** 2
+        (error[0].mean() + error[1].mean()).backward()
         critic_opt.step()
         new_action, log_prob = act(obs, noise)
         actor_opt.zero_grad()
@@ -341,6 +360,8 @@ def plain_sac(agent, trial):
         for net, slow in zip(twins, targets):
             for new, old in zip(net.parameters(), slow.parameters()):
                 old.data += agent.args.tau * (new.data - old.data)
+        means = {"loss/critic": error, "value/q": values, "policy/entropy": -log_prob}
+        return {name: value.mean().item() for name, value in means.items()}
 
     return update, actor, twins, targets, log_alpha
 
@@ -351,10 +372,11 @@ def test_direct_uniform_one_sample_is_soft_actor_critic(monkeypatch):
     start = copy.deepcopy(agent.state_dict())
     for i in range(3):
         batch = transitions(8, 2, seed=i)
-        agent.update(batch)
+        metrics = agent.update(batch)
         next_noise, noise = drawn[-2:]
         for trial, (update, *_) in enumerate(references):
-            update(*(column[trial] for column in batch), next_noise[trial, 0], noise[trial, 0])
+            expected = update(*(column[trial] for column in batch), next_noise[trial, 0], noise[trial, 0])
+            assert {name: metrics[name][trial].mean().item() for name in expected} == pytest.approx(expected)
     for trial, (_, actor, twins, targets, log_alpha) in enumerate(references):
         pairs = [(agent.actor, actor, (trial,))]
         pairs += [(agent.critic, twins[i], (i, trial)) for i in (0, 1)]
