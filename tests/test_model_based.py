@@ -46,11 +46,6 @@ def moments(agent, obs, action):
     return torch.stack([mean for mean, _ in each]), torch.stack([log_var for _, log_var in each])
 
 
-def trial_axis(key):
-    """Position of the trial axis in a parameter, from the end: (..., trials, in or 1, out)."""
-    return -3
-
-
 # --- the variational dynamics
 
 
@@ -110,6 +105,8 @@ def test_gaussian_tilting_up_to_the_clamp():
 def test_weights_against_numpy(script):
     """exp(clamp((r + γ (1 − terminated) V'(s') − Q(s,a)) / β, ±4)) with the smaller twin, scaled to mean 1."""
     agent, buffer, _ = build(script, beta=0.05, gamma=0.9, entropy="none")
+    for parameter in agent.critic_target.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # another critic than the online one
     fill(script, buffer, 64, terminated=lambda s: (s[..., :1] > 0.5).float())
     data = buffer.storage[:, :64].split(buffer.widths, -1)
     torch.manual_seed(3)
@@ -183,11 +180,12 @@ def test_variance_weight(script, power, monkeypatch):
     torch.testing.assert_close(log_var.grad.sign(), rests)
 
 
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
 @pytest.mark.parametrize("estimator", ["mixture", "members"])
-def test_divergence_against_distributions(estimator):
+def test_divergence_against_distributions(script, estimator):
     """Summed over the dimensions of the state, without the reward, averaged over states (and pairs of members)."""
-    agent, buffer, _ = build(BETA, kl_estimator=estimator, trials=2, beta=0.01, epochs=10)
-    fill(BETA, buffer)
+    agent, buffer, _ = build(script, kl_estimator=estimator, trials=2, beta=0.01, epochs=10)
+    fill(script, buffer)
     agent.fit_model(buffer)
     obs = buffer.storage[:, :200, :3]
     torch.manual_seed(5)
@@ -224,6 +222,34 @@ def test_imagined_rows_and_their_log_ratio(script):
         torch.testing.assert_close(log_ratio[0, chunk, 0], expected, atol=1e-2, rtol=1e-2)
         standard = torch.cat([((z - q.mean) / q.stddev)[:, :3], ((z - p.mean) / p.stddev)[:, 3:]], -1)
         assert standard.mean(0).abs().max() < 0.4 and (standard.std(0) - 1).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_imagined_rows_are_of_the_elites_in_turn(script):
+    """Where every member predicts a change of its own: s' is obs + that of q and r is p's (mbpo.py: both of p), of one
+    elite per chunk and trial, in the task's units; the noise has the standard deviation that the log-variance says."""
+    agent, *_ = build(script, trials=2)
+    own = 10 * torch.arange(3.0).view(3, 1, 1, 1) + torch.arange(2.0).view(1, 2, 1, 1)  # (member, trial, 1, 1)
+    shift = {"model": 100, "posterior_model": 100 if script is MBPO else 1000}
+    for part, first in shift.items():
+        if hasattr(agent, part):
+            model = getattr(agent, part)
+            model.layers[-1].weight.data.zero_()
+            model.layers[-1].bias.data[..., :4] = first + own
+            model.layers[-1].bias.data[..., 4:] = 2 * math.log(0.01)
+            model.max_log_var.data.fill_(30.0)
+            model.min_log_var.data.fill_(-50.0)
+    agent.targets.mean.fill_(1.0)
+    agent.targets.std.fill_(2.0)
+    agent.state_range[0], agent.state_range[1] = -1e6, 1e6
+    agent.elites.copy_(torch.tensor([[2, 0], [1, 2]]))
+    obs = torch.full((2, 1600, 3), 7.0)
+    next_obs, reward, _ = agent.predict(obs, torch.zeros(2, 1600, 2))
+    for i, rows in enumerate(torch.arange(1600).chunk(8)):
+        for trial, member in enumerate(([2, 0], [1, 2])[i % 2]):
+            for found, first in ((next_obs - obs, shift["posterior_model"]), (reward, shift["model"])):
+                noise = found[trial, rows] - (2 * (first + 10 * member + trial) + 1)
+                assert abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(2 * 0.01, rel=0.25)
 
 
 def test_kl_is_the_tilt_alone():
@@ -489,6 +515,24 @@ def test_batches_mix_real_and_imagined_rows(script, ratio, real):
         assert ((rows[..., 0] == 1).sum(1) == real).all() and ((rows[..., 0] == 2).sum(1) == 256 - real).all()
 
 
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_what_updates_report(script):
+    """Of the last one: the squared error and the value as means over twins, the entropy, α; per trial."""
+    agent, buffer, model_buffer = build(script, trials=2)
+    fill(script, buffer)
+    fill(script, model_buffer)
+    agent.log_alpha.data.copy_(torch.tensor([0.3, -0.2]).view(2, 1, 1))
+    twins = torch.tensor([[3.0, 5.0], [5.0, 9.0]]).view(2, 2, 1, 1).expand(2, 2, 32, 1)  # (twin, trial, n, 1)
+    target, log_prob = torch.ones(2, 32, 1), torch.tensor([-2.0, 1.0]).view(2, 1, 1).expand(2, 32, 1)
+    agent.update = lambda batch: (twins, target, log_prob)
+    found = agent.learn(buffer, model_buffer)
+    expected = {"loss/critic": [(4 + 16) / 2, (16 + 64) / 2], "value/q": [4, 7], "policy/entropy": [2, -1],
+                "policy/alpha": [math.exp(0.3), math.exp(-0.2)]}
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert value.tolist() == pytest.approx(expected[key]), key
+
+
 # --- dynamics
 
 
@@ -512,8 +556,8 @@ def test_members_see_their_own_bootstraps(script):
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_dynamics_learn_a_linear_system(script):
     """Mean and noise of p on fresh states of a known system; elites are the members with the lowest hold-out error."""
-    agent, buffer, _ = build(script, epochs=100, max_batches=1500, batch_size=128, model_dim=32, beta=1e7, num_elites=2) if script is not MBPO \
-        else build(script, epochs=100, max_batches=1500, batch_size=128, model_dim=32, num_elites=2)
+    neutral = {} if script is MBPO else {"beta": 1e7}
+    agent, buffer, _ = build(script, epochs=100, max_batches=1500, batch_size=128, model_dim=32, **neutral)
     _, _, _, next_obs, _ = fill(script, buffer, 2000)
     metrics = agent.fit_model(buffer)
     obs, action, reward, next_obs, *_ = buffer.storage[:, :2000].split(buffer.widths, -1)
@@ -539,23 +583,76 @@ def test_log_variance_bounds_are_learned(script):
     assert (agent.model.max_log_var != before[0]).all() and (agent.model.min_log_var != before[1]).all()
     agent.zero_grad()
     batch = [column.unsqueeze(0).expand(3, -1, -1, -1) for column in buffer.storage[:, :50].split(buffer.widths, -1)]
-    if script is not MBPO:  # with weights 0 the penalty is all that moves q's bounds
-        agent.model_loss(agent.posterior_model, batch, torch.zeros(3, 1, 50, 1)).backward()
-        torch.testing.assert_close(agent.posterior_model.max_log_var.grad, torch.full_like(before[0], 0.01 / 3))
-        torch.testing.assert_close(agent.posterior_model.min_log_var.grad, torch.full_like(before[0], -0.01 / 3))
+    agent.moments = lambda *_: (torch.zeros(3, 1, 50, 4), torch.zeros(3, 1, 50, 4))  # the penalty is all that is left
+    agent.model_loss(agent.model, batch).backward()
+    torch.testing.assert_close(agent.model.max_log_var.grad, torch.full_like(before[0], 0.01 / 3))
+    torch.testing.assert_close(agent.model.min_log_var.grad, torch.full_like(before[0], -0.01 / 3))
+
+
+@pytest.mark.parametrize("layers, rates", [(4, [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]), (2, [2.5e-5, 5e-5, 1e-4])])
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_weight_decay_is_that_of_mbpo(script, layers, rates):
+    """By layer, of the dynamics' weights alone."""
+    agent, *_ = build(script, model_layers=layers)
+    decay = {id(p): group["weight_decay"] for group in agent.opts["models"].param_groups for p in group["params"]}
+    for model in (agent.model, *([] if script is MBPO else [agent.posterior_model])):
+        assert [decay.pop(id(layer.weight)) for layer in model.layers] == rates
+    assert not any(decay.values()) and len(decay) > 10
+
+
+@pytest.mark.parametrize("rule, factors", [("two_phase", [1.5, 2, 0.75, 0.25]), ("constant", [1, 1, 1, 1])])
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_learning_rate_within_a_fit(script, rule, factors):
+    """From 0 to three times the rate at a quarter of the minibatches, to the rate at half, and to 0; or constant."""
+    agent, buffer, _ = build(script, fit_rule=rule, min_first_batches=4, max_batches=4, model_learning_rate=0.01)
+    fill(script, buffer)
+    rates, descend = [], agent.descend
+    agent.descend = lambda *args: rates.append(float(agent.opts["models"].param_groups[0]["lr"])) or descend(*args)
+    agent.fit_model(buffer)
+    assert rates == pytest.approx([0.01 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_what_a_fit_reports(script):
+    """Errors on the held-out rows, the members that err least, E[V(s')] less V(s'), and the share of rows in use."""
+    agent, buffer, _ = build(script)
+    rows = torch.zeros(1, 100, sum(buffer.widths))  # obs (3), action (2), reward, next_obs (3), terminated
+    rows[..., 5:9] = 2
+    rows[:, torch.arange(100) % 5 > 0, 5] = 1e3  # of the rows that are trained on
+    buffer.add(rows)
+    means = {agent.model: torch.tensor([0.0, 1.0, 3.0])}
+    if script is not MBPO:
+        means[agent.posterior_model] = torch.tensor([5.0, 5.0, 6.0])
+    agent.moments = lambda model, obs, action: (means[model].view(3, 1, 1, 1).expand(3, 1, 20, 4), None)
+    agent.predict = lambda obs, action: (torch.full_like(obs, 5.0), None, torch.full_like(obs[..., :1], 0.25))
+    agent.value = lambda obs: obs[..., :1]
+    agent.divergence = lambda obs: torch.tensor([7.0])
+    weights = torch.tensor([0.5, 1.5]).repeat(50).view(1, 100, 1)
+    for ended in (0, 1):
+        buffer.storage[:, :100, 9] = ended
+        found = agent.assess(buffer, *([] if script is MBPO else [weights]))
+        found = {key: value.tolist() for key, value in found.items()}
+        assert sorted(agent.elites[:, 0].tolist()) == [1, 2]
+        assert found["model/prior_error"] == [(4 + 1 + 1) / 3]
+        assert found["model/optimism_gap"] == [0.75 * 5 - (1 - ended) * 2]
+        if script is not MBPO:
+            assert found["model/posterior_error"] == pytest.approx([(9 + 9 + 16) / 3])
+            assert found["model/effective_sample_size"] == pytest.approx([1 / 1.25]) and found["model/kl"] == [7]
+        if script is BETA:
+            assert agent.kl.tolist() == [7] and found["model/beta"] == pytest.approx([100])
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_termination_is_learned(script):
     """A rule |s₀| > 1 is recovered from data; where no episode has ended the continuation factor is exactly 1."""
-    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=1500, epochs=1500, batch_size=256, ensemble_size=1, num_elites=1)
+    sizes = {"max_batches": 1500, "epochs": 1500, "batch_size": 256, "ensemble_size": 1, "num_elites": 1}
+    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, **sizes)
     rule = lambda s: (s[..., :1].abs() > 1).float()
     fill(script, buffer, 2000, terminated=rule)
     agent.fit_model(buffer)
     fresh = torch.randn(1, 2000, 2)
     ended = agent.termination(fresh, None, fresh)
     assert ((ended > 0.5).float() == rule(fresh)).float().mean() > 0.95
-    buffer.storage[..., 6] = 0 * buffer.storage[..., 6]
     buffer.storage[..., sum(buffer.widths[:4])] = 0
     agent.fit_model(buffer)
     assert (agent.termination(fresh, None, fresh) == 0).all()
@@ -592,6 +689,27 @@ def test_imagination_stays_in_range_and_follows_its_schedule(script):
     both = torch.cat([obs, next_obs], 1)
     assert (imagined >= both.amin(1) - 1e-5).all() and (imagined <= both.amax(1) + 1e-5).all()
     assert (imagined == both.amax(1)).any(), "nothing was clipped: the test shows nothing"
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_a_branch_goes_on_from_where_it_came_unless_it_ended(script):
+    """A model that adds 100 and ends where the second number is positive: only ended branches restart, at real states."""
+    agent, buffer, model_buffer = build(script, horizon=3, rollouts=50)
+    fill(script, buffer)
+    ends = lambda obs: (obs[..., 1:2] > 0).float()
+    agent.predict = lambda obs, action: (obs + torch.tensor([100.0, 0, 0]), 0 * obs[..., :1], ends(obs))
+    agent.act = lambda obs, deterministic=False: torch.full_like(obs[..., :2], 0.0 if deterministic else 0.5)
+    agent.imagine(buffer, model_buffer, 10)
+    obs, action, _, next_obs, terminated = model_buffer.rows().split(buffer.widths, -1)
+    assert (action == 0.5).all()  # of the policy as it explores
+    real = {tuple(row.tolist()) for row in buffer.rows()[0, :, :3]}
+    assert 10 < terminated[:, :100].sum() < 90
+    for i in range(50, 150):
+        before = i - 50
+        if terminated[0, before]:
+            assert tuple(obs[0, i].tolist()) in real
+        else:
+            assert torch.equal(obs[0, i], next_obs[0, before])
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
