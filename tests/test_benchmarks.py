@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import common
 import errors as ERRORS
 import figures as FIGURES
+import fits as FITS
 import peers as PEERS
 
 from benchmarks import tasks as TASKS
@@ -127,6 +128,45 @@ def test_errors_of_a_run(here, name, capsys):
     target = agent.targets(torch.cat([next_obs - obs, reward], -1))
     error = (agent.moments(agent.model, obs, action)[0] - target).square().mean((0, 2, 3))
     assert found["newest"] == pytest.approx(error.tolist(), rel=1e-4)
+
+
+# fits.py
+
+
+def test_refits_of_a_study(here, monkeypatch, capsys):
+    """250 rows more before each of four, three on the same rows; then the fourth for every β, and seven times at β = 10,
+    always from the networks before it."""
+    script, calls = load_script("beta_vmbpo"), []
+    for name in ("FIT_RATE", "POSTERIOR_START"):
+        monkeypatch.setattr(script, name, getattr(script, name))  # the study sets its own
+
+    def fit(agent, buffer, beta, seed, forget):
+        assert agent.opts["models"].param_groups[0]["betas"] == (0.9, 0.99) and not forget
+        bias = agent.model.layers[-1].bias.data
+        calls.append((int(buffer.added), beta, seed, round(bias.flatten()[0].item())))
+        bias.flatten()[0] += 10
+        return {"model/prior_error": 2.0 ** -len(calls), "model/kl": 100 / beta**2 + seed}
+
+    monkeypatch.setattr(FITS, "fit", fit)
+    assert FITS.main(FITS.Args(tasks=("toy",), rules=("two phases, β₂ = 0.99",), refits=4)) == 0
+    rows = [1000, 1250, 1500, 1750, 1750, 1750, 1750]
+    assert calls[:7] == [(count, 1e7, i, 10 * i) for i, count in enumerate(rows)]
+    assert calls[7:] == [*((1750, beta, 99, 30) for beta in FITS.BETAS), *((1750, 10, i, 30) for i in range(7))]
+    table = [(row["what"], float(row["x"]), float(row["value"])) for row in common.read("fits")]
+    assert table[:5] == [("error", i + 1, 2.0 ** -(i + 1)) for i in range(4)] + [("again", 5, 2.0**-5)]
+    assert [what for what, *_ in table] == ["error"] * 4 + ["again"] * 3 + ["kl"] * 6 + ["scatter"] * 7
+    assert script.FIT_RATE == {"two_phase": (0, 3, 1, 0)} and "on the same rows again at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_fit_may_forget(forget):
+    """Adam's moments, not the networks; β is the one asked for."""
+    _, agent, buffer, *_ = FITS.make("toy", FITS.Args(), 0.999)
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}
+    agent.opts["models"].state[agent.model.max_log_var] = moments
+    agent.fit_model = lambda buffer: {"beta": agent.beta}
+    assert FITS.fit(agent, buffer, 30.0, 0, forget)["beta"] == pytest.approx(30)
+    assert any(value.any() for value in moments.values()) != forget
 
 
 # figures.py
@@ -313,9 +353,16 @@ def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
 
 @pytest.mark.skipif(not importlib.util.find_spec("stable_baselines3"),
                     reason="needs stable-baselines3, see benchmarks/requirements.txt")
-def test_peers_leave_a_run(here):
+def test_peers_leave_a_run(here, monkeypatch):
+    """Evaluated on the seeds of the scripts, where trial i of two episodes each has environments 2 i and 2 i + 1."""
+    from stable_baselines3.common import evaluation
+
+    seeds, evaluate = [], evaluation.evaluate_policy
+    monkeypatch.setattr(evaluation, "evaluate_policy",
+                        lambda model, envs, count: seeds.append(envs._seeds) or evaluate(model, envs, count))
     args = PEERS.Args(env_id="Pendulum-v1", trials=2, total_steps=60, learning_starts=40, eval_every=30,
-                      eval_episodes=1, run_dir="run")
+                      eval_episodes=2, run_dir="run")
     assert PEERS.main(args) == 0
     rows = [row for row in common.metrics_of("run") if row[2] == "eval/return"]
     assert [row[:2] for row in rows] == [(30, 0), (60, 0), (30, 1), (60, 1)] and len({row[3] for row in rows}) == 4
+    assert seeds == [[10_001, 10_002]] * 2 + [[10_003, 10_004]] * 2
