@@ -37,7 +37,7 @@ lines = lines[:1] + [line for line in lines[1:] if int(line.split(",")[0]) <= st
 (run / "args.json").write_text(json.dumps({"total_steps": int(a.total_steps)}))
 with open(run / "metrics.csv", "a", buffering=1) as file:
     for step in range(start + 1, int(a.total_steps) + 1):
-        time.sleep(float(a.pause or 0))
+        time.sleep(0 if a.resume else float(a.pause or 0))
         file.write(f"{step},0,eval/return,{step * 10}\\n{step},-1,time/sps,0.5\\n")
         if a.die_at and step == int(a.die_at) and not a.resume:
             os.kill(os.getpid(), 9)
@@ -168,7 +168,7 @@ def test_refused_runs_are_not_tried_again(args):
 
 def test_a_script_that_a_signal_ended_has_not_finished(args):
     """Though its exit code is 0; and what came to its end without a note is at its end."""
-    change(args, "--pause 0", "--pause 0.2")
+    change(args, "--pause 0", "--pause 1")
     run = named(args, "A-v0/one_s1")
     process = command_line(args, "--only", "A-v0/one_s1", "--retries", "0")
     wait_until(lambda: GRID.last(run.dir))
@@ -189,7 +189,7 @@ def read_bytes(path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_all_runs_save_and_end_and_the_same_command_goes_on(args, signum):
-    change(args, "--pause 0", "--pause 0.2")
+    change(args, "--pause 0", "--pause 1")  # time enough for the signal
     process = command_line(args, "--only", "one", "--jobs", "2")
     runs = [run for run in GRID.runs_of(args) if run.label == "one"]
     wait_until(lambda: all(GRID.last(run.dir) for run in runs[:2]))
