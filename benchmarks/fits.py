@@ -89,9 +89,8 @@ def make(task, args, beta2):
 def fit(agent, buffer, beta, seed, forget):
     """One fit at a given β, from Adam's moments at zero or not; the same seed draws the same minibatches."""
     torch.manual_seed(seed)
-    if forget:
-        for moments in agent.opts["models"].state.values():
-            torch._foreach_zero_([*moments.values()])
+    for moments in agent.opts["models"].state.values() if forget else []:
+        torch._foreach_zero_([*moments.values()])
     agent.log_beta.data.fill_(math.log(beta))
     return {name: value.item() for name, value in agent.fit_model(buffer).items()}
 
@@ -101,23 +100,21 @@ def study(task, rule, args):
     factors, start, beta2, forget = RULES[rule]
     script, agent, buffer, rows, starts = make(task, args, beta2)
     script.FIT_RATE, script.POSTERIOR_START = {"two_phase": factors}, {"two_phase": start}
-    began = time.perf_counter()
-    shared = {"task": task, "rule": rule}
+    base, began = {"task": task, "rule": rule}, time.perf_counter()
     for i in range(args.refits + 3):
         buffer.add(rows[:, int(buffer.added) : starts + 250 * min(i, args.refits - 1)])
         if i == args.refits - 1:
             before = copy.deepcopy((agent.state_dict(), {name: opt.state_dict() for name, opt in agent.opts.items()}))
         value = fit(agent, buffer, 1e7, i, forget)["model/prior_error"]
-        what = "error" if i < args.refits else "again"
-        yield shared | {"what": what, "x": i + 1, "value": value, "seconds": time.perf_counter() - began}
+        yield base | {"what": "error" if i < args.refits else "again", "x": i + 1, "value": value,
+                        "seconds": time.perf_counter() - began}
     for what, x in [*(("kl", beta) for beta in BETAS), *(("scatter", i) for i in range(7))]:
         networks, optimizers = copy.deepcopy(before)
         agent.load_state_dict(networks)
         for name, opt in agent.opts.items():
             opt.load_state_dict(optimizers[name])
         beta, seed = (x, 99) if what == "kl" else (10, x)
-        value = fit(agent, buffer, beta, seed, forget)["model/kl"]
-        yield shared | {"what": what, "x": x, "value": value, "seconds": 0.0}
+        yield base | {"what": what, "x": x, "value": fit(agent, buffer, beta, seed, forget)["model/kl"], "seconds": 0.0}
 
 
 def draw(rows, figure):

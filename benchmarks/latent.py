@@ -109,12 +109,12 @@ def measure(args, label, run):
     prediction. Of all episodes: the share of the observations within two standard deviations of the prediction."""
     agent, saved, _, step = open_run(run, script="active_vem", eval_episodes=args.episodes)
     tape = record(agent, saved)
-    alive = lambda trial, episode: int(tape["alive"][trial, :, episode].sum())
+    steps = tape["alive"][..., 0].sum(1).int()  # (trials, episodes)
     rows = [(label, step, trial, metric, decode_velocity(tape, trial, source)[0])
             for trial in range(saved.trials) for metric, (source, _) in SOURCES.items()]
     found = [decode_velocity(tape, trial) for trial in range(saved.trials)]
     trial, half = int(np.argsort([r2 for r2, *_ in found])[(saved.trials - 1) // 2]), args.episodes // 2
-    spread = [float(tape["velocity"][trial, : alive(trial, i), i].var(0, correction=0).sum())
+    spread = [float(tape["velocity"][trial, : steps[trial, i], i].var(0, correction=0).sum())
               for i in range(half, args.episodes)]
     episode = half + int(np.argmax(spread))
     along = lambda values: values[trial, :, episode]
@@ -128,7 +128,7 @@ def measure(args, label, run):
         rows += [(label, step, i, "prediction/within", share) for i, share in shares]
         series |= {"prediction/mean": (args.after, along(mean)), "prediction/std": (args.after, along(std))}
     for name, (first, values) in series.items():
-        for t, row in enumerate(values[: max(0, alive(trial, episode) - first)], first):
+        for t, row in enumerate(values[: max(0, steps[trial, episode] - first)], first):
             rows += [(label, t, trial, f"{name}_{i}", float(value)) for i, value in enumerate(row)]
     return rows
 
