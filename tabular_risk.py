@@ -2,26 +2,26 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy==2.4.6", "tyro==1.0.17", "matplotlib==3.11.2"]
 # ///
-"""The exact world of β-VMBPO: what the risk parameter β does, in processes small enough to solve, and learned as well.
+"""The exact world of β-VMBPO: what its risk parameter β does in small decision processes, solved exactly and learned.
 
-After "Risk-Sensitive Variational Model-Based Policy Optimization", whose equation numbers are used.
+After "Risk-Sensitive Variational Model-Based Policy Optimization", whose equation numbers are used. A small β > 0
+believes in luck, β = ∞ is value iteration, β < 0 fears the worst.
 
   V(s) = log E_π exp Q(s, a)                                            (2)
   Q(s, a) = r(s, a) / β + log E_p exp V(s')                             (3), (5)
-  q(s'|s, a) ∝ p(s'|s, a) exp V(s'),  q(a|s) ∝ π(a|s) exp Q(s, a)       (4): what the agent believes to follow
+  q(s'|s, a) ∝ p(s'|s, a) exp V(s')                                     (4): what the agent believes will follow
+  q(a|s) ∝ π(a|s) exp Q(s, a)                                           the minimum of (13)
   β log p_π(O; β) = β log E exp(Σ r / β) ≥ E_q Σ r - β KL(q‖p_π)        (6), (7)
   J(β) = β ε - β KL(q(s'|s, a)‖p(s'|s, a))                              (9): β rises while KL > ε
   T Q(s, a) = r(s, a) / β + γ log E_p,π exp Q(s', a')                   (15); T*: the maximum over a' in place of π
 
-Small β believes in luck, β = ∞ is value iteration, β < 0 fears the worst.
-
 Deviations, each explained in docs/tabular_risk.md; tests/test_tabular_risk.py has the counterexamples
 1. γ is missing in (2)-(7) and stands before the logarithm in (15). Thm. 4.1 and Lemma 4.1 need γ < 1.
-2. For β < 0 Lemma 4.1 needs a minimum, and (7) bounds from above. It is tight only for a single start state.
+2. For β < 0 Lemma 4.1 and Thm. 4.2-4.4 need a minimum, and (7) bounds from above. (7) is tight for one start state.
 3. The cliff costs -100 through a state "fallen", so that the reward stays r(s, a) and the risk sits in the dynamics.
-4. Prior and variational policy are one, the greedy one (Thm. 4.4): V is the maximum. The actor explores half the time.
-5. Learners count their models; q is the exact twist (4) of the counts, and (12)'s target its mean over q: less noise.
-6. Imagination starts in real states and lasts one step (Algorithm 1). Q counts in units of β (5), not as in C.3.
+4. Prior and variational policy are one, the greedy one (Thm. 4.4): V is the maximum. Half of all actions are random.
+5. Rewards are known, the model is counts, q their exact twist (4), and the target of (12) its mean over q: less noise.
+6. Imagination starts in real states and lasts one step (Algorithm 1). Learners hold the Q of (5), not that of C.3.
 7. Dual steps: log β moves by 5e-4 · clip(KL / ε - 1, -1, 1) per episode, KL the mean over imagined steps.
 8. For speed 100 episodes of a trial run side by side and add their updates of Q.
 
@@ -81,7 +81,7 @@ def posterior_dynamics(mdp, value, beta):
 
 def posterior_policy(q_value, policy, beta):
     """q(a|s) ∝ π(a|s) exp(Q(s,a)/β), (..., S, A), V(s) and KL(q‖π), both (..., S)."""
-    return twist(q_value, policy, np.asarray(beta, float)[..., None, None])  # eq. (2); here eq. (13) is least
+    return twist(q_value, policy, np.asarray(beta, float)[..., None, None])  # eq. (2), and the minimum of eq. (13)
 
 def backup(mdp, value, beta):
     """The risk-sensitive operator: `value` (..., S) to Q (..., S, A)."""

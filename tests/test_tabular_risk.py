@@ -217,14 +217,17 @@ def test_policy_iteration_beats_every_deterministic_policy(beta):
         np.testing.assert_allclose(tr.soft_value_iteration(mdp, beta), q, atol=1e-8)
 
 
-def test_negative_beta_needs_the_minimum_in_lemma_4_1():
-    """Counterexample to Lemma 4.1 read literally at β < 0: max exp(Q) over scaled Q = r/β picks the worst action."""
+def test_negative_beta_needs_a_minimum_over_the_paper_s_q():
+    """Counterexample to Lemma 4.1 and Thm. 4.2 read literally at β < 0: the maximum of Q = r/β is the worst action."""
     mdp = tr.make_mdp([[1.0, 0.0]], 0, np.ones((1, 2, 1)), gamma=0.5)
     scaled = np.zeros(2)
     for _ in range(100):
         scaled = mdp.reward[0] / -2.0 + 0.5 * np.log(np.exp(scaled).max())
     assert scaled.argmax() == 1 and -2.0 * scaled.max() == pytest.approx(0)
     assert tr.soft_value_iteration(mdp, -2.0).max() == pytest.approx(2)
+    half = np.array([[0.5, 0.5]])
+    literal = np.eye(2)[[(tr.soft_value_iteration(mdp, -2.0, half)[0] / -2.0).argmax()]]  # Thm. 4.2's π'
+    assert plain_evaluation(mdp, literal, -2.0) < plain_evaluation(mdp, half, -2.0) - 0.1
 
 
 # ---------------------------------------------------------------- likelihood and its bound, by enumeration
