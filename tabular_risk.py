@@ -44,8 +44,8 @@ import tyro
 from matplotlib.figure import Figure
 
 SCRIPT = Path(__file__).stem
-HORIZON, EXPLORE = 200, 0.5  # steps of an episode, ε of ε-greedy
-CURVES = "return", "falls", "beta", "kl"  # what learners are measured by
+HORIZON, EXPLORE = 200, 0.5  # steps of an episode, chance of a random action
+CURVES = "return", "falls", "beta", "kl"  # what is measured of learners
 
 # The states that may follow a pair stand in successor (S, A, K), their probabilities in probability; spare places have
 # probability 0. So ten thousand states fit into memory. reward (S, A); start (S,) probabilities; hazard (S,) bool: to
@@ -53,30 +53,30 @@ CURVES = "return", "falls", "beta", "kl"  # what learners are measured by
 Mdp = namedtuple("Mdp", "successor probability reward start hazard gamma")
 
 # ---------------------------------------------------------------- exact solvers
-# Values are in reward units: Q here is β times the paper's Q of eq. (5) and (15), the Q_2 of its Appendix C.3. So greedy
-# is an argmax for either sign of β. `beta` is a number or an array (...), whose shape stands in front of every result.
+# Values are in reward units: β times those of eq. (5) and (15), as in Appendix C.3. So the greedy action is an argmax
+# for either sign of β. `beta` is a number or an array (...), whose shape stands in front of every result.
 def twist(value, prob, beta, axis=-1):
-    """Exponential twisting of `prob` by `value` along `axis`, for a risk parameter `beta` of either sign.
+    """Exponential twisting of `prob` by `value`, both (..., K), along `axis`; `beta`, of either sign, broadcasts.
 
-    Returns the posterior q ∝ p exp(v/β), the certainty equivalent β log E_p exp(v/β), and KL(q‖p) in nats; at β = ∞
-    these are p, the mean and 0. Stable from |β| = 1e-2 on: the largest exponent is taken out, and the sum kept as its
-    difference from one, because at large β all that distinguishes q from p lies behind 1.000000.
+    Returns the posterior q ∝ p exp(v/β), (..., K), the certainty equivalent β log E_p exp(v/β), (...), and KL(q‖p) in
+    nats, (...). At β = ±∞ these are p, the mean and 0. Stable from |β| = 1e-2 on, without loss of digits at large β.
     """
-    gap = value / beta
-    top = np.where(prob > 0, gap, -np.inf).max(axis, keepdims=True)
-    gap = np.minimum(gap - top, 0)
-    shrink = prob * np.expm1(gap)
-    excess = shrink.sum(axis, keepdims=True)
-    posterior = (prob + shrink) / (1 + excess)
-    log_mean = np.log1p(excess)
+    exponent = value / beta
+    top = np.where(prob > 0, exponent, -np.inf).max(axis, keepdims=True)
+    gap = np.minimum(exponent - top, 0)
+    change = prob * np.expm1(gap)  # p exp(gap) is p + change; at large β the change alone keeps its digits
+    total = change.sum(axis, keepdims=True)
+    posterior = (prob + change) / (1 + total)
+    log_mean = np.log1p(total)
     kl = ((posterior * gap).sum(axis, keepdims=True) - log_mean).clip(min=0)
     neutral = np.isinf(beta)
+    finite_beta = np.where(neutral, 0, beta)  # ∞ · 0 is not a number
     mean = (prob * value).sum(axis, keepdims=True)
-    certain = np.where(neutral, mean, np.where(neutral, 0, beta) * (top + log_mean))
+    certain = np.where(neutral, mean, finite_beta * (top + log_mean))
     return posterior, certain.squeeze(axis), kl.squeeze(axis)
 
 def posterior_dynamics(mdp, value, beta):
-    """q(s'|s,a) over the successor places (..., S, A, K), certainty equivalents and KL(q‖p), both (..., S, A)."""
+    """From V (..., S): q(s'|s,a) in successor places (..., S, A, K), certainty equivalents and KL(q‖p), (..., S, A)."""
     return twist(value[..., mdp.successor], mdp.probability, np.asarray(beta, float)[..., None, None, None])  # eq. (4)
 
 def posterior_policy(q_value, policy, beta):
@@ -92,7 +92,7 @@ def greedy(q_value):
     return np.eye(q_value.shape[-1])[q_value.argmax(-1)]
 
 def soft_value_iteration(mdp, beta, policy=None, sweeps=100_000):
-    """Q (..., S, A) of `policy`, or else of the best one: at β = ∞ that is ordinary value iteration."""
+    """Q (..., S, A) of `policy`, or of the best one: value iteration at β = ∞. Raises ValueError if none is found."""
     q_value = np.zeros(np.shape(beta) + mdp.reward.shape)
     for _ in range(sweeps):
         value = q_value.max(-1) if policy is None else posterior_policy(q_value, policy, beta)[1]
@@ -145,57 +145,60 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
     In every step an actor acts in the real world; the model-based methods count what follows, and take one step from
     the same state in their imagination, with the posterior of the counted model. Returns arrays: "episode"
     (evals + 1,); of the greedy policy in the real world "return" and "falls"; "beta"; and "kl", the mean over imagined
-    steps that eq. (9) sees, all (evals + 1, trials); and "q" (trials, S, A).
+    steps that eq. (9) sees, all (evals + 1, trials); and "q" (trials, S, A). MnM raises ValueError at a reward ≤ 0.
     """
     states, choices, places = mdp.successor.shape
     rows, pairs, walkers = trials * states, trials * states * choices, trials * actors
-    trial = np.repeat(np.arange(trials), actors)  # of each walker
-    base, rng = trial * states, np.random.default_rng(seed)
+    first_row = np.repeat(np.arange(trials) * states, actors)  # of each walker's trial
+    rng = np.random.default_rng(seed)
     # successor places come first in these tables: sums over a leading axis are what NumPy does fastest
     successor, probability = (table.reshape(-1, places).T.copy() for table in (mdp.successor, mdp.probability))
     worlds = 1 if method == "q-learning" else 2  # real, imagined
-    reward, log_beta = mdp.reward.ravel(), np.log(np.ones(trials) * beta)
+    reward = mdp.reward.ravel()
     if method == "mnm":
         need((reward > 0).all(), "MnM takes the logarithm of the reward: it must be positive")
         reward = (1 - mdp.gamma) * np.log(reward)
-    q_value = np.full((choices, rows), np.repeat(np.broadcast_to(q_init, trials), states), float)
-    flat_q, value, counts = q_value.reshape(-1), q_value[0].copy(), np.zeros((places, pairs))
-    measured, mean_kl = [], np.zeros(trials)
+    q_value = np.full((choices, rows), q_init, float)
+    flat_q = q_value.reshape(-1)  # the same memory
+    table = q_value.reshape(choices, trials, states).transpose(1, 2, 0)  # the same memory as (trials, S, A)
+    value = q_value.max(0)
+    counts = np.zeros((places, pairs))
+    log_beta = np.log(np.ones(trials) * beta)
+    mean_kl = np.zeros(trials)
+    seen = []
     for episode in range(0, episodes + 1, actors):
-        # evaluate
         if episode // actors in np.linspace(0, episodes // actors, evals + 1).astype(int):
-            policy = greedy(q_value.reshape(choices, trials, states).transpose(1, 2, 0))
-            measured.append((episode, *real_outcome(mdp, policy), np.exp(log_beta), mean_kl))
+            gain, falls = real_outcome(mdp, greedy(table))
+            seen.append({"episode": episode, "return": gain, "falls": falls, "beta": np.exp(log_beta), "kl": mean_kl})
         if episode == episodes:
             break
         state = mdp.start.cumsum().searchsorted(rng.random(walkers), side="right").clip(max=states - 1)
-        scale = np.exp(log_beta)[trial]
+        scale = np.repeat(np.exp(log_beta), actors)
         kl_sum, kl_count = np.zeros(trials), np.zeros(trials)
         for luck, wind in rng.random((HORIZON, 2, worlds, walkers), dtype=np.float32):
-            # act, in the real world and in imagination: luck decides what is done, wind what follows
-            row = base + state
+            # act: luck decides what is done in each world, wind[0] what follows in the real one; wind[1] is not used
+            row = first_row + state
             best = q_value.take(row, axis=1)
             best_choice = (best == best.max(0)).argmax(0)
             any_choice = (luck * (choices / explore)).astype(int).clip(max=choices - 1)
             choice = np.where(luck < explore, any_choice, best_choice)
             pair = state * choices + choice
             place = (wind[0] >= probability.take(pair[0], axis=1).cumsum(0)[:-1]).sum(0)
-            after, known = successor[place, pair[0]], 1.0
+            after = successor[place, pair[0]]
             if method == "q-learning":
-                future = value[base + after]
+                future, known = value[first_row + after], 1.0
             else:
-                # remember
-                np.add.at(counts.reshape(-1), place * pairs + base * choices + pair[0], 1.0)
+                np.add.at(counts.reshape(-1), place * pairs + first_row * choices + pair[0], 1.0)  # remember
                 # imagine; a choice that was never tried has no model, and nothing is learned of it
-                prior = counts.take(base * choices + pair[1], axis=1)
+                prior = counts.take(first_row * choices + pair[1], axis=1)
                 total = prior.sum(0)
                 known = total > 0
                 prior[0] += ~known
-                follow = base + successor.take(pair[1], axis=1)
-                _, future, kl = twist(value.take(follow), prior / np.maximum(total, 1), 1.0, axis=0)  # eq. (4)
+                follow = first_row + successor.take(pair[1], axis=1)
+                _, future, kl = twist(value.take(follow), prior / np.maximum(total, 1), 1.0, axis=0)  # eq. (4), Q / β
                 kl_sum += kl.reshape(trials, actors).sum(1)
                 kl_count += known.reshape(trials, actors).sum(1)
-            # learn
+            # learn of the imagined step, in Q-learning of the real one
             entry = choice[-1] * rows + row
             error = reward[pair[-1]] / scale + mdp.gamma * future - flat_q[entry]  # eq. (5), (12)
             np.add.at(flat_q, entry, learning_rate * known * error)
@@ -206,8 +209,7 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
             # the gradient of eq. (9) is ε - KL: descent raises β where the posterior has strayed too far
             log_beta = log_beta + beta_lr * actors * np.clip(mean_kl / kl_budget - 1, -1, 1)  # eq. (8), (9)
             log_beta = log_beta.clip(np.log(1e-2), np.log(1e7))
-    history = dict(zip(("episode", *CURVES), map(np.array, zip(*measured))))
-    return history | {"q": q_value.reshape(choices, trials, states).transpose(1, 2, 0)}
+    return {key: np.array([at[key] for at in seen]) for key in seen[0]} | {"q": table}
 
 # ---------------------------------------------------------------- the paper's processes
 SIZE, GOAL = 10, 9  # side of the grid, its goal
@@ -227,7 +229,8 @@ def risky_arm():
 
 def grid_landing(cliff):
     """Where each of MOVES leads from each cell if it succeeds, (cells, 4); the number after the cells is "fallen"."""
-    target = np.clip(ROW[:, None] + MOVES[:, 0], 0, SIZE - 1) * SIZE + np.clip(COL[:, None] + MOVES[:, 1], 0, SIZE - 1)
+    row, column = np.clip([ROW[:, None] + MOVES[:, 0], COL[:, None] + MOVES[:, 1]], 0, SIZE - 1)
+    target = row * SIZE + column
     return np.where(BLOCK[target], len(CELLS) if cliff else CELLS[:, None], target)
 
 def grid_world(cliff):
@@ -249,7 +252,8 @@ def risk_line():
     """The 1x3 risk test of Eysenbach et al. (2022, Fig. 3a), start in the middle: the left end pays 50 and holds,
     the right end pays 51 but slips back to the middle with probability .5; the middle pays .001."""
     transition = np.zeros((3, 2, 3))
-    transition[[0, 0, 1, 1, 2], [0, 1, 0, 1, 0], [0, 1, 0, 2, 1]] = 1
+    transition[range(3), 0, [0, 0, 1]] = 1  # left
+    transition[range(2), 1, [1, 2]] = 1  # right
     transition[2, 1, [1, 2]] = 0.5
     return make_mdp(np.outer([50, 0.001, 51], [1, 1]), 1, transition)
 
@@ -259,14 +263,10 @@ def need(condition, message):
         raise ValueError(message)
 
 def make_mdp(reward, start, transition, hazard=None, gamma=0.9):
-    """An `Mdp` from a dense `transition` (S, A, S); `start` is a state or a distribution (S,).
-
-    Raises ValueError, one line that says what is allowed.
-    """
-    reward, start = np.asarray(reward, float), np.asarray(start)
+    """An `Mdp` from a dense `transition` (S, A, S); `start` is a state or a distribution (S,). Raises ValueError."""
+    reward, start, transition = np.asarray(reward, float), np.asarray(start), np.asarray(transition, float)
     need(reward.ndim == 2 and reward.size and np.isfinite(reward).all(), "reward must be finite, (states, actions)")
     states, actions = reward.shape
-    transition = np.asarray(transition, float)
     need(transition.shape == (states, actions, states), f"transition must be {states} x {actions} x {states}")
     need(((transition == 0) | (transition > 1e-9)).all() and np.allclose(transition.sum(-1), 1, rtol=0, atol=1e-6),
          "transition probabilities must be 0 or above 1e-9, not negative, finite, and sum to 1 in every row")
@@ -290,8 +290,7 @@ def load_mdp(path):
         need(mdp.gamma <= 0.999, "gamma must be at most 0.999, or the solvers take forever")
         return mdp
     except Exception as error:  # a file can be wrong in many ways
-        pickled = "pickle" in str(error)  # what NumPy says of text and of objects
-        reason = "it holds something else than numbers" if pickled else error
+        reason = "it holds something else than numbers" if "pickle" in str(error) else error  # NumPy of text, objects
         fail(f"--mdp {path}: must be an .npz file with the arrays of make_mdp ({reason})")
 
 # ---------------------------------------------------------------- figures: a picture, the rows of a csv file, a table
@@ -315,15 +314,13 @@ def show_curve(axis, history, key, label, colour, marker="", **look):
 
 def curve_rows(history, *names):
     """The csv's rows of one learner: mean and standard deviation over the trials at every evaluation."""
-    columns = [history["episode"]]
-    for key in CURVES:
-        columns += [history[key].mean(1), history[key].std(1)]
-    return [[*names, *numbers] for numbers in zip(*columns)]
+    columns = [statistic(history[key], axis=1) for key in CURVES for statistic in (np.mean, np.std)]
+    return [[*names, *numbers] for numbers in zip(history["episode"], *columns)]
 
 def plot_risky_arm(args, mdp, figure):
     """Fig. 1: the two soft Q-values in S, and the posterior of what follows 'right', against β."""
-    arm, flip, header = risky_arm(), 5 / np.log(9), ["beta", "q_left", "q_right", "p_a", "p_b", "kl", "choice"]
-    beta = np.array([*np.geomspace(0.5, 50, 200), *(args.beta or (1, 2.5, 5, 10, 50))])
+    arm, flip = risky_arm(), 5 / np.log(9)
+    beta = np.array([*np.geomspace(0.5, 50, 200), *(args.beta or (1, 2.5, 5, 10, 50))])  # 200 to draw, then the table
     q_value = soft_value_iteration(arm, beta)
     posterior, _, kl = posterior_dynamics(arm, q_value.max(-1), beta)
     axes = figure.subplots(1, 2)
@@ -338,6 +335,7 @@ def plot_risky_arm(args, mdp, figure):
         axis.legend()
     columns = np.column_stack([beta, q_value[:, 0], posterior[:, 0, 1], kl[:, 0, 1]])
     rows = [[*row, "right" if row[2] > row[1] else "left"] for row in columns]
+    header = ["beta", "q_left", "q_right", "p_a", "p_b", "kl", "choice"]
     return [header, *rows[:200]], [header, *rows[200:]]
 
 def plot_dynamics(args, mdp, figure):
@@ -371,13 +369,12 @@ def plot_dynamics(args, mdp, figure):
     figure.supxlabel("Arrows: where the action 'right' leads, as long as it is likely; red: into the cliff (−100)."
                      "\nBlue: the way to the goal G that is best if these dynamics hold.", fontsize=11)
     header = ["beta", "row", "column", "p_up", "p_left", "p_down", "p_right", "greedy_action", "on_path"]
-    table = [["beta", "return", "falls", "kl"], *np.column_stack([betas, outcome])]
-    return [header, *rows], table
+    return [header, *rows], [["beta", "return", "falls", "kl"], *np.column_stack([betas, outcome])]
 
 def plot_learning(args, mdp, figure):
     """Fig. 3: three learners; β-VMBPO from several starts of β; β itself."""
     mdp, world = mdp or grid_world(cliff=True), args.mdp or "cliff"
-    starts = args.beta or (100.0, 1.0, 10.0, 1000.0)  # the first one meets the other learners
+    starts = args.beta or (100.0, 1.0, 10.0, 1000.0)  # the first one is drawn beside the other learners
     learners = [("q-learning", 1.0), ("vmbpo", 1.0), *(("beta-vmbpo", start) for start in starts)]
     axes, rows, table = figure.subplots(1, 3), [HEADER], [HEADER]
     axes[0].set_title("three learners")
@@ -400,10 +397,10 @@ def plot_learning(args, mdp, figure):
 def plot_mnm(args, mdp, figure):
     """Fig. 6: four learners on the MnM grid, from an optimistic Q and from 0; and on MnM's risk test."""
     axes, rows, table = figure.subplots(1, 3), [HEADER], [HEADER]
-    start, grid = args.beta[0] if args.beta else 100.0, grid_world(cliff=False)
+    start = args.beta[0] if args.beta else 100.0
     tenth = -(-args.episodes // 1000) * 100  # in whole hundreds
-    cases = (("MnM grid, initial Q = 0.1", grid, 0.1, args.episodes),
-             ("MnM grid, initial Q = 0", grid, 0.0, args.episodes),
+    cases = (("MnM grid, initial Q = 0.1", grid_world(cliff=False), 0.1, args.episodes),
+             ("MnM grid, initial Q = 0", grid_world(cliff=False), 0.0, args.episodes),
              ("risk test, initial Q = 0", risk_line(), 0.0, tenth))
     for axis, (title, world, q_init, episodes) in zip(axes, cases):
         axis.set_title(title)
@@ -432,7 +429,7 @@ class Args:
     episodes: int = 40_000  # episodes of 200 steps per trial, a multiple of 100 (risk test of mnm: a tenth of them)
     beta: tuple[float, ...] = ()
     """values in the risky-arm table (empty: 1 2.5 5 10 50), panels of dynamics (1 100), starts of dual descent in
-    learning (100 1 10 1000; the first meets the other learners) and, one, in mnm (100)"""
+    learning (100 1 10 1000; the first is drawn beside the other learners), the one start in mnm (100)"""
     kl_budget: float = 0.001  # epsilon of eq. (8), nats a step
 
     def conflicts(self):
@@ -461,7 +458,7 @@ def fail(message, code=2):
     sys.exit(code)
 
 def parse_args(argv):
-    """Read the command line and refuse what cannot work; the flags, the user's process, if any, the files to write."""
+    """Read the command line and refuse what cannot work. Returns the flags, --mdp's process or None, and the files."""
     args = tyro.cli(Args, args=argv)
     for name, rule in args.conflicts():
         value = " ".join(map(str, np.atleast_1d(getattr(args, name))))
