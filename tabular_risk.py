@@ -30,8 +30,10 @@ Deviations, each explained in docs/tabular_risk.md; tests/test_tabular_risk.py h
   python tabular_risk.py --figure learning --mdp my.npz     # a process of one's own (see make_mdp)
 """
 
+import contextlib
 import csv
 import itertools
+import os
 import sys
 import time
 from collections import namedtuple
@@ -41,7 +43,6 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 
 SCRIPT = Path(__file__).stem
 HORIZON, EXPLORE = 200, 0.5  # steps of an episode, chance of a random action
@@ -264,8 +265,10 @@ def need(condition, message):
 
 def make_mdp(reward, start, transition, hazard=None, gamma=0.9):
     """An `Mdp` from a dense `transition` (S, A, S); `start` is a state or a distribution (S,). Raises ValueError."""
+    for name, given in (("reward", reward), ("start", start), ("transition", transition), ("gamma", gamma)):
+        need(np.asarray(given).dtype.kind in "biuf", f"{name} must hold real numbers")
     reward, start, transition = np.asarray(reward, float), np.asarray(start), np.asarray(transition, float)
-    need(reward.ndim == 2 and reward.size and np.isfinite(reward).all(), "reward must be finite, (states, actions)")
+    need(reward.ndim == 2 and reward.size and (abs(reward) < 1e100).all(), "reward must be (states, actions), < 1e100")
     states, actions = reward.shape
     need(transition.shape == (states, actions, states), f"transition must be {states} x {actions} x {states}")
     need(((transition == 0) | (transition > 1e-9)).all() and np.allclose(transition.sum(-1), 1, rtol=0, atol=1e-6),
@@ -434,19 +437,16 @@ class Args:
 
     def conflicts(self):
         """Yields the flags that cannot work, each with the rule."""
+        for name, low, high in ("seed", 0, 1e9), ("trials", 1, 1000), ("episodes", 100, 1e9), ("kl_budget", 1e-12, 1e9):
+            if not low <= getattr(self, name) <= high:
+                yield name, f"must be {low:g} to {high:g}"
+        if self.episodes % 100:
+            yield "episodes", "must be a multiple of 100"
         exact = self.figure in ("risky-arm", "dynamics")
-        if self.seed < 0:
-            yield "seed", "must be 0 or more"
-        if self.trials < 1:
-            yield "trials", "must be 1 or more"
-        if self.episodes < 1 or self.episodes % 100:
-            yield "episodes", "must be a positive multiple of 100"
         if exact and not all(abs(beta) >= 1e-2 for beta in self.beta):
-            yield "beta", "must be 0.01 to inf, or negative"
+            yield "beta", "must be 0.01 to inf, or -inf to -0.01"
         if not exact and not all(1e-2 <= beta <= 1e7 for beta in self.beta):
             yield "beta", "must be 0.01 to 1e7"
-        if not 0 < self.kl_budget < np.inf:
-            yield "kl_budget", "must be positive and finite"
         if len(self.beta) > 1 and self.figure in ("mnm", "all"):
             yield "beta", f"must be one number with --figure {self.figure}"
         if self.mdp and self.figure != "learning":
@@ -467,16 +467,19 @@ def parse_args(argv):
     folder = Path(args.out_dir or f"runs/{SCRIPT}/{args.figure}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
     stems = {name: f"tabular_{name.replace('-', '_')}" for name in PLOTS if args.figure in (name, "all")}
     files = {name: (folder / f"results/{stem}.csv", folder / f"figures/{stem}.png") for name, stem in stems.items()}
-    for path in itertools.chain(*files.values()):
-        if path.exists() and not args.overwrite:
-            fail(f"--out-dir {folder}: holds {path} already; choose another folder or give --overwrite")
+    try:
+        for path in itertools.chain(*files.values()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            need(os.access(path.parent, os.W_OK), f"no permission to write to {path.parent}")
+            need(args.overwrite or not path.exists(), f"it holds {path} already; --overwrite replaces it")
+    except (OSError, ValueError) as error:
+        fail(f"--out-dir {folder}: must be a folder to write to ({error})")
     return args, mdp, files
 
 def main(argv):
     args, mdp, files = parse_args(argv)
     try:
-        for path in itertools.chain(*files.values()):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        from matplotlib.figure import Figure
         for name, (csv_path, png_path) in files.items():
             figure = Figure(figsize=(14, 5.6), layout="constrained")
             rows, table = PLOTS[name](args, mdp, figure)
@@ -484,10 +487,10 @@ def main(argv):
                 file.write(f"# python tabular_risk.py {' '.join(argv)}\n")
                 csv.writer(file, lineterminator="\n").writerows(map(as_text, rows))
             figure.savefig(png_path, dpi=110)
-            print(f"\n{name}: {png_path}, {csv_path}")
-            for row in map(as_text, table):
-                print(*(cell.rjust(10) for cell in row), flush=True)
-    except (OSError, MemoryError, ValueError) as error:
+            lines = [" ".join(cell.rjust(10) for cell in as_text(row)) for row in table]
+            with contextlib.suppress(BrokenPipeError):  # that nobody listens any more (`| head`) stops nothing
+                print(f"\n{name}: {png_path}, {csv_path}", *lines, sep="\n", flush=True)
+    except (ImportError, OSError, MemoryError, ValueError) as error:
         fail(error, code=1)
 
 def as_text(row):

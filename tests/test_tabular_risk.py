@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import io
 import itertools
 import json
 import math
@@ -487,7 +488,7 @@ def test_a_copied_script_knows_what_it_needs():
     pins = (ROOT / "requirements.txt").read_text().split()
     needed = ("numpy==", "tyro==", "matplotlib==")
     assert sorted(json.loads(block[1])) == sorted(pin for pin in pins if pin.startswith(needed))
-    imported = set(re.findall(r"^(?:import|from) (\w+)", Path(tr.__file__).read_text(), re.MULTILINE))
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)(?=$| as | import |\.)", Path(tr.__file__).read_text(), re.MULTILINE))
     assert imported - sys.stdlib_module_names == {"numpy", "tyro", "matplotlib"}
 
 
@@ -500,14 +501,19 @@ def run(capsys, *argv):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--trials", "0"], "--trials 0: must be 1 or more"), (["--episodes", "150"], "--episodes 150: must be"),
-    (["--episodes", "-100"], "--episodes -100: must be"), (["--seed", "-1"], "--seed -1: must be"),
-    (["--beta", "0"], "--beta 0.0: must be 0.01 to inf, or negative"), (["--beta", "nan"], "--beta nan: must be"),
+    (["--trials", "0"], "--trials 0: must be 1 to 1000"), (["--trials", "1001"], "--trials 1001: must be 1 to 1000"),
+    (["--episodes", "150"], "--episodes 150: must be a multiple of 100"), (["--seed", "-1"], "--seed -1: must be"),
+    (["--episodes", "-100"], "--episodes -100: must be 100 to"), (["--episodes", f"{10**23}"], f"--episodes {10**23}: must be"),
+    (["--beta", "0"], "--beta 0.0: must be 0.01 to inf, or -inf to -0.01"), (["--beta", "nan"], "--beta nan: must be"),
+    (["--beta", "1", "-0.001"], "--beta 1.0 -0.001: must be 0.01 to inf, or -inf to -0.01"),
     (["--figure", "learning", "--beta", "-1"], "--beta -1.0: must be 0.01 to 1e7"),
     (["--figure", "learning", "--beta", "1", "inf"], "--beta 1.0 inf: must be 0.01 to 1e7"),
     (["--figure", "mnm", "--beta", "1", "2", "3"], "--beta 1.0 2.0 3.0: must be one number with --figure mnm"),
     (["--figure", "all", "--beta", "1", "2"], "--beta 1.0 2.0: must be one number"),
     (["--kl-budget", "-1"], "--kl-budget -1.0: must be"), (["--kl-budget", "inf"], "--kl-budget inf: must be"),
+    (["--kl-budget", "nan"], "--kl-budget nan: must be"), (["--kl-budget", "1e-320"], "--kl-budget 1e-320: must be 1e-12 to"),
+    (["--out-dir", "a" * 300], f"--out-dir {'a' * 300}: must be a folder to write to"),
+    (["--out-dir", "/dev/null"], "--out-dir /dev/null: must be a folder to write to"),
     (["--mdp", "x.npz"], "--mdp x.npz: works with --figure learning"),
     (["--figure", "learning", "--mdp", "x.npz"], "--mdp x.npz: must be"),
 ])
@@ -529,7 +535,7 @@ def test_flags_that_cannot_be_read_are_named(argv, capsys, tmp_path, monkeypatch
 def test_what_the_system_refuses_ends_in_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("kept")
     code, out, err = run(capsys, "--out-dir", str(tmp_path / "file"))
-    assert code == 1 and not out and err.count("\n") == 1 and "Not a directory" in err
+    assert code == 2 and not out and err.count("\n") == 1 and f"--out-dir {tmp_path / 'file'}: must be a folder" in err
     assert (tmp_path / "file").read_text() == "kept"
     for full in ("results/tabular_risky_arm.csv", "figures/tabular_risky_arm.png"):
         folder = tmp_path / full.partition("/")[0] / "full"
@@ -537,6 +543,23 @@ def test_what_the_system_refuses_ends_in_one_line(capsys, tmp_path):
         (folder / full).symlink_to("/dev/full")  # every write to it fails: no space left on the device
         code, out, err = run(capsys, "--out-dir", str(folder), "--overwrite")
         assert code == 1 and not out and err.count("\n") == 1 and "No space left" in err
+
+
+def test_results_are_written_when_nobody_listens(tmp_path, monkeypatch):
+    """As with `| head -1`, all figures are still made."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(tr, "PLOTS", {"risky-arm": tr.plot_risky_arm, "dynamics": tr.plot_dynamics})
+    tr.main(["--figure", "all", "--out-dir", str(tmp_path)])
+    assert len([*tmp_path.rglob("tabular_*")]) == 4
+
+
+def test_a_missing_matplotlib_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run(capsys, "--out-dir", str(tmp_path))
+    assert code == 1 and not out and err.count("\n") == 1 and "matplotlib" in err
 
 
 GOOD = {"reward": [[1.0, 0.0], [0.5, 2.0]], "start": 0, "transition": np.full((2, 2, 2), 0.5), "gamma": 0.9}
