@@ -433,6 +433,23 @@ def test_nothing_is_learned_of_a_choice_that_was_never_tried():
     assert 1 <= np.count_nonzero(learned) < 20
 
 
+@pytest.mark.parametrize("method", ("q-learning", "vmbpo"))
+def test_episodes_begin_in_every_start_state_and_no_other(method):
+    mdp = tr.make_mdp(np.ones((3, 2)), [0.5, 0.5, 0], np.eye(3)[:, None].repeat(2, axis=1), gamma=0.5)  # nobody moves
+    learned = tr.learn(mdp, method, 10, trials=1, actors=10, evals=1)["q"][0]
+    assert (learned[:2] > 0).all() and (learned[2] == 0).all()
+
+
+def test_evaluations_are_spread_over_the_episodes():
+    history = tr.learn(small_world(), "q-learning", 90, trials=2, actors=10, evals=3)
+    assert history["episode"].tolist() == [0, 30, 60, 90] and history["return"].shape == (4, 2)
+
+
+def test_beta_stays_between_its_rails():
+    ends = tr.learn(small_world(), "beta-vmbpo", 100, 2, kl_budget=[1e-9, 1e9], beta_lr=10.0, evals=1)["beta"][-1]
+    np.testing.assert_allclose(ends, [1e7, 1e-2])
+
+
 def test_no_trial_feels_another():
     one = tr.learn(tr.grid_world(True), "beta-vmbpo", 400, trials=3, beta=[10.0, 10.0, 10.0], evals=2)
     two = tr.learn(tr.grid_world(True), "beta-vmbpo", 400, trials=3, beta=[10.0, 900.0, 10.0], evals=2)
@@ -608,6 +625,60 @@ def test_figures_write_what_they_say_and_overwrite_nothing(name, capsys, tmp_pat
     before = [path.read_bytes() for path in made]
     assert run(capsys, *argv)[0] == 2 and [path.read_bytes() for path in made] == before
     tr.main([*argv, "--overwrite"])
+
+
+def csv_rows(folder, name):
+    lines = (folder / f"results/tabular_{name}.csv").read_text().splitlines()
+    return [*csv.DictReader(lines[1:])]
+
+
+def test_the_csv_of_fig_2_holds_both_dynamics_the_plan_and_its_path(capsys, tmp_path):
+    tr.main(["--figure", "dynamics", "--beta", "1", "--out-dir", str(tmp_path)])
+    rows = csv_rows(tmp_path, "dynamics")
+    assert len(rows) == 2 * 88  # all cells but the block's
+    ways = ["p_up", "p_left", "p_down", "p_right"]
+    at = {(row["beta"], row["row"], row["column"]): row for row in rows}
+    assert [at["inf", "0", "3"][way] for way in ways] == ["0", "0.125", "0.125", "0.625"]  # up is the border, right the cliff
+    assert [float(at["1", "0", "3"][way]) < 1e-9 for way in ways] == [True, False, False, True]  # -100 is not believed in
+    paths = {beta: {key[1:] for key, row in at.items() if key[0] == beta and row["on_path"] == "True"} for beta in ("inf", "1")}
+    assert all({("0", "0"), ("0", "9")} <= path for path in paths.values())
+    assert ("6", "4") in paths["1"] and not {"4", "5"} & {col for row, col in paths["inf"] if int(row) < 8}
+    mdp = tr.grid_world(True)
+    q = tr.soft_value_iteration(mdp, 1.0)
+    policy, matrix = tr.greedy(q), transition(mdp)
+    state, total, kl = mdp.start, 0.0, tr.posterior_dynamics(mdp, q.max(-1), 1.0)[2]
+    for _ in range(200):
+        total += state @ (policy * kl).sum(1) / 200
+        state = np.einsum("s,sa,sat->t", state, policy, matrix)
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[0] == "1" and float(last[3]) == pytest.approx(total, rel=1e-3)
+
+
+def test_the_csv_of_learners_holds_means_and_deviations_over_the_trials():
+    history = {"episode": np.array([0, 100])} | {key: np.array([[1.0, 3.0], [i, i]]) for i, key in enumerate(tr.CURVES)}
+    rows = [dict(zip(tr.HEADER, row)) for row in tr.curve_rows(history, "here", "mnm", 1.0)]
+    assert [[*row.values()][:4] for row in rows] == [["here", "mnm", 1.0, 0], ["here", "mnm", 1.0, 100]]
+    for i, key in enumerate(("return", "falls", "beta", "kl")):
+        assert [(row[f"{key}_mean"], row[f"{key}_std"]) for row in rows] == [(2, 1), (i, 0)]
+
+
+def test_flags_reach_the_learners(capsys, tmp_path):
+    np.savez(tmp_path / "my.npz", **GOOD)
+    flags = ["--episodes", "200", "--trials", "1", "--kl-budget", "100", "--out-dir", str(tmp_path)]
+    tr.main(["--figure", "learning", "--mdp", str(tmp_path / "my.npz"), "--beta", "5", "50", *flags])
+    tr.main(["--figure", "mnm", "--beta", "5", *flags])
+    runs = {}
+    for name in ("learning", "mnm"):
+        for row in csv_rows(tmp_path, name):
+            runs.setdefault((row["world"], row["method"], float(row["beta_start"])), []).append(row)
+    grids, test = ("MnM grid, initial Q = 0.1", "MnM grid, initial Q = 0"), "risk test, initial Q = 0"
+    four = [("q-learning", 1.0), ("vmbpo", 1.0), ("beta-vmbpo", 5.0), ("mnm", 1.0)]
+    user = [(str(tmp_path / "my.npz"), *learner) for learner in (*four[:3], ("beta-vmbpo", 50.0))]
+    assert [*runs] == [*user, *((world, *learner) for world in (*grids, test) for learner in four)]
+    for (world, method, start), rows in runs.items():
+        assert [row["episode"] for row in rows] == (["0", "100"] if world == test else ["0", "100", "200"])  # a tenth
+        betas = [float(row["beta_mean"]) for row in rows]
+        assert betas[0] == start and all(beta < start if method == "beta-vmbpo" else beta == start for beta in betas[1:])
 
 
 def test_the_sweep_s_dual_descent_ends_where_the_exact_kl_meets_the_budget(capsys, tmp_path, monkeypatch):
