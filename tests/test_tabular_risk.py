@@ -135,6 +135,13 @@ def test_twist_keeps_its_digits_at_large_beta():
     assert posterior.sum() == pytest.approx(1, abs=1e-15)
 
 
+@pytest.mark.parametrize("beta", (-0.01, 0.01, 1.0, np.inf))
+def test_what_is_impossible_changes_nothing_whatever_its_value(beta):
+    for value in (-1e6, 1e6):
+        posterior, soft, kl = tr.twist(np.array([2.0, value]), np.array([1.0, 0.0]), beta)
+        assert posterior.tolist() == [1, 0] and soft == pytest.approx(2) and kl == 0
+
+
 @pytest.mark.parametrize("infinite", (np.inf, -np.inf))
 def test_infinite_beta_is_exact_and_quick(infinite):
     """Risk-neutral evaluation and optimum, beside finite β in one call; the posterior is the prior, to the bit."""
