@@ -594,10 +594,11 @@ GOOD = {"reward": [[1.0, 0.0], [0.5, 2.0]], "start": 0, "transition": np.full((2
     ({"transition": np.full((2, 2, 3), 0.5)}, "transition must be 2 x 2 x 2"),
     ({"transition": np.array([[[1.5, -0.5]] * 2] * 2)}, "not negative"), ({"reward": [[1.0, np.nan], [0, 0]]}, "reward must"),
     ({"transition": np.full((2, 2, 2), np.nan)}, "finite"), ({"reward": [1.0, 2.0]}, "reward must"), ({"start": 2}, "start"),
-    ({"start": -1}, "start"), ({"start": [0.5, 0.6]}, "start"), ({"gamma": 1.0}, "gamma"),
-    ({"transition": np.array([[[1 - 1e-12, 1e-12]] * 2] * 2)}, "1e-9"), ({"gamma": -0.1}, "gamma"),
-    ({"hazard": [0, 1, 0]}, "hazard must be 2 values"), ({"colour": 1}, "colour"),
-    ({"start": "a"}, "start"), ({"reward": [["a", "b"]] * 2}, "convert"),
+    ({"start": -1}, "start"), ({"start": [0.5, 0.6]}, "start"), ({"gamma": 1.0}, "gamma"), ({"gamma": -0.1}, "gamma"),
+    ({"transition": np.array([[[1 - 1e-12, 1e-12]] * 2] * 2)}, "1e-9"), ({"hazard": [0, 1, 0]}, "hazard must be 2 values"),
+    ({"reward": [[1e308, 0.0], [0, 0]]}, "reward must"), ({"colour": 1}, "colour"),
+    ({"start": "a"}, "start must hold real numbers"), ({"reward": [["a", "b"]] * 2}, "reward must hold real numbers"),
+    ({"start": [0.5 + 1j, 0.5 - 1j]}, "start must hold real numbers"), ({"gamma": "a"}, "gamma must hold real numbers"),
     ({"start": None}, "it holds something else than numbers"),
     ({"start": np.array([{}, 1], object)}, "it holds something else than numbers"),
 ])
@@ -721,4 +722,4 @@ def test_default_place_is_new_and_the_arm_table_is_printed(capsys, tmp_path, mon
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
     assert [line[-1] for line in lines] == ["right", "left", "left", "left"]
     assert lines[-1][:5] == ["inf", "-5", "-9", "0.9", "0.1"]
-    assert len([*tmp_path.glob("runs/tabular_risk/*/figures/*.png")]) == 1
+    assert len(list(tmp_path.glob("runs/tabular_risk/*/figures/*.png"))) == 1
