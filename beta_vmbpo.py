@@ -138,7 +138,7 @@ class Args:
     kl_estimator: Literal["mixture", "members"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from imagined rewards, and so from the target in (12)
     kl_budget: Positive = 0.001  # ε: nats per transition by which q may differ from p
-    beta_lr: Positive = 0.003  # step of log β per environment step, at most
+    beta_lr: Positive = 0.003  # step of log β per environment step, at most; above 4 / --fit-every β swings
     dual_step: Literal["log", "adam"] = "log"  # how β descends (9): in proportion to log(KL/ε), or by Adam
 
     def conflicts(self):
