@@ -194,7 +194,8 @@ def attempt(run, threads):
         at_its_end = reached >= (total_steps(run) or 0)
         if code == 0 and not at_its_end:  # a signal ended it
             code = -1
-        if code == 2 and not note and at_its_end:  # it had come to its end, and there was no time to note it
+        same = note.get("command", run.command) == run.command and note.get("code") != 2
+        if code == 2 and same and run.dir.exists() and at_its_end:  # it had come to its end, of which no note was left
             code = 0
         spent = note.get("seconds", 0) + round(time.time() - before)
         note = {"command": run.command, "code": code, "seconds": spent, "commit": commit(), "node": os.uname().nodename}

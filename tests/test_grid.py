@@ -160,10 +160,26 @@ def test_a_run_without_a_checkpoint_begins_anew_and_nothing_is_lost(args):
     assert steps(kept) == [1]
 
 
-def test_refused_runs_are_not_tried_again(args):
+@pytest.mark.parametrize("total", ["--total-steps 12", ""])  # or as long as the script's default
+def test_refused_runs_are_not_tried_again(args, total):
+    change(args, "--total-steps 12", total)
     change(args, '"A-v0"', '"Wrong-v0"')
     run = named(args, "Wrong-v0/one_s1")
     assert GRID.train(run, 1, 5) == 2 and GRID.state(run) == "refused"
+
+
+@pytest.mark.parametrize("code, command, expected", [(130, "own", 0), (2, "own", 2), (0, "other", 2), (None, "own", 0)])
+def test_a_run_that_a_signal_met_in_its_last_step(args, code, command, expected):
+    """It is refused, having come to its end: it has finished, if it is not another command that is refused."""
+    change(args, '"A-v0"', '"Wrong-v0"')
+    run = named(args, "Wrong-v0/one_s1")
+    run.dir.mkdir(parents=True)
+    (run.dir / "checkpoint.pt").write_text("12")
+    (run.dir / "metrics.csv").write_text("step,trial,metric,value\n12,0,eval/return,5\n")
+    if code is not None:
+        note = {"command": run.command if command == "own" else [command], "code": code}
+        GRID.Path(f"{run.dir}.json").write_text(json.dumps(note))
+    assert GRID.train(run, 1, 0) == expected and (GRID.state(run) == "finished") == (expected == 0)
 
 
 def test_a_script_that_a_signal_ended_has_not_finished(args):
