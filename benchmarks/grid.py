@@ -57,25 +57,26 @@ class Run(NamedTuple):
 
 def runs_of(args):
     """The runs of the experiment whose name has the text asked for."""
+    found, part = [], args.experiment
     try:
         everything = tomllib.loads(Path(args.table).read_text())
-    except (OSError, ValueError) as error:
-        fail(f"--table {args.table}: {error}")
-    table = {name: part for name, part in everything.items() if isinstance(part, dict)}
-    if args.experiment not in table:
-        fail(f"{args.experiment}: not an experiment; there are {', '.join(table)}")
-    found = []
-    for part in table[args.experiment].get("parts", [args.experiment]):
-        experiment = table.get(part, {})
-        if not isinstance(experiment.get("runs"), dict) or not isinstance(experiment.get("envs"), list):
-            fail(f"--table {args.table}: [{part}] needs a list `envs` and a table `runs`")
-        for env, label, seed in itertools.product(experiment["envs"], experiment["runs"], experiment.get("seeds", [1])):
-            script, *flags = shlex.split(experiment["runs"][label])
-            shared = shlex.split(f"{experiment.get('flags', '')} {experiment.get('env_flags', {}).get(env, '')}")
-            name = "/".join(text.replace("/", "_").replace(" ", "_") for text in (part, env, f"{label}_s{seed}"))
-            command = [script, "--env-id", env, "--seed", str(seed), *shared, *flags, *args.flags.split()]
-            if args.only in name:
-                found.append(Run(Path(args.runs_dir).absolute() / name, label, command))
+        table = {name: part for name, part in everything.items() if isinstance(part, dict)}
+        if args.experiment not in table:
+            fail(f"{args.experiment}: not an experiment; there are {', '.join(table)}")
+        for part in table[args.experiment].get("parts", [args.experiment]):
+            experiment = table.get(part, {})
+            if not isinstance(experiment.get("runs"), dict) or not isinstance(experiment.get("envs"), list):
+                fail(f"--table {args.table}: [{part}] needs a list `envs` and a table `runs`")
+            seeds = experiment.get("seeds", [1])
+            for env, label, seed in itertools.product(experiment["envs"], experiment["runs"], seeds):
+                script, *flags = shlex.split(experiment["runs"][label])
+                shared = shlex.split(f"{experiment.get('flags', '')} {experiment.get('env_flags', {}).get(env, '')}")
+                name = "/".join(text.replace("/", "_").replace(" ", "_") for text in (part, env, f"{label}_s{seed}"))
+                command = [script, "--env-id", env, "--seed", str(seed), *shared, *flags, *args.flags.split()]
+                if args.only in name:
+                    found.append(Run(Path(args.runs_dir).absolute() / name, label, command))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        fail(f"--table {args.table}: [{part}]: {error}")
     if not found:
         fail(f"--only {args.only}: no run of {args.experiment} has this in its name")
     return found
@@ -105,7 +106,7 @@ def locked(run_dir):
     try:
         with open(f"{run_dir}.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -277,6 +277,8 @@ def test_status(args, capsys):
     ({"experiment": "half"}, "[half]\nparts = ['none']", "[none] needs"),
     ({"experiment": "half"}, "[half]\nenvs = []\nruns = 3", "[half] needs"),
     ({"experiment": "half"}, "half", "--table"),
+    *[({"experiment": "half"}, f"[half]\nenvs = ['A-v0']\nruns.one = 'script.py'\n{line}", "[half]")
+      for line in ("seeds = 3", "env_flags = ''", "runs.two = 1", "runs.two = ''", "runs.two = '\"'")],
 ], ids=str)
 def test_refuses_in_one_line(args, capsys, changed, table, named):
     with open(args.table, "a") as file:
@@ -285,6 +287,11 @@ def test_refuses_in_one_line(args, capsys, changed, table, named):
         GRID.main(dataclasses.replace(args, **changed))
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and named in lines[0]
+
+
+def test_a_file_in_the_place_of_runs_dir_is_one_line_per_run(args, capsys):
+    assert GRID.main(dataclasses.replace(args, runs_dir=args.table)) == 1
+    assert capsys.readouterr().out.count("Not a directory") == 8
 
 
 @pytest.mark.parametrize("flag", ["--status", "--dry-run"])
