@@ -76,8 +76,8 @@ def build(name, **flags):
     return script, args, envs, agent, buffer
 
 
-def run_args(run, flag="--runs", script=""):
-    """The script's name and the flags that a run directory was made with."""
+def run_args(run, flag="--runs", script="", task=""):
+    """The name of a run's script, which has `script` in it, and its flags, of a task which has `task` in its id."""
     import torch
 
     run = Path(run)
@@ -85,18 +85,18 @@ def run_args(run, flag="--runs", script=""):
         (run / "metrics.csv").stat()
         name = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["script"]
         saved = json.loads((run / "args.json").read_text())
-        if script in ("", name):
+        if script in name and task in saved["env_id"]:
             return name, load_script(name).Args(**saved)
     except Exception:  # a file can be damaged in many ways
         pass
-    fail(f"{flag} {run}: no args.json, metrics.csv and checkpoint.pt of {script or 'a training script'} there")
+    fail(f"{flag} {run}: no args.json, metrics.csv, checkpoint.pt of {script or 'a script'}{task and ' on ' + task}")
 
 
-def open_run(run, flag="--runs", script="", seed=0, **changed):
+def open_run(run, flag="--runs", script="", seed=0, task="", **changed):
     """Agent, flags, replay buffer and step of a run, on the CPU; what follows draws its noise from the seed."""
     import torch
 
-    name, saved = run_args(run, flag, script)
+    name, saved = run_args(run, flag, script, task)
     flags = vars(saved) | {"device": "cpu", "run_dir": str(run)} | changed
     script, args, _, agent, buffer = build(name, **flags)
     step = script.load(args, agent, [buffer])
@@ -115,8 +115,8 @@ def labelled(runs, labels):
 
 def metrics_of(run):
     """Rows (step, trial, metric, value) of a run's metrics.csv; what a process is just writing is left out."""
-    with (Path(run) / "metrics.csv").open() as file:
-        lines = [line for line in csv.reader(file) if len(line) == 4][1:]
+    text = (Path(run) / "metrics.csv").read_text()
+    lines = [line for line in csv.reader(text.split("\n")[1:-1]) if len(line) == 4]
     return [(int(step), int(trial), metric, float(value)) for step, trial, metric, value in lines]
 
 

@@ -40,7 +40,7 @@ def main(args):
     at_least(args, newest=5)
     rows = []
     for label, run in labelled(args.runs, args.labels):
-        agent, _, buffer, step = open_run(run)
+        agent, _, buffer, step = open_run(run, script="mbpo")
         count = buffer.rows().shape[1]
         held_out = torch.arange(0, count, sys.modules[type(agent).__module__].HOLD_OUT_EVERY)
         for which, index in (("all", held_out), ("newest", held_out[held_out >= count - args.newest])):

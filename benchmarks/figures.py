@@ -19,7 +19,7 @@ from typing import Literal
 import grid
 import numpy as np
 import tyro
-from common import band, curve, fail, group, labelled, metrics_of, publish
+from common import band, curve, fail, group, labelled, metrics_of, publish, read
 from matplotlib.ticker import EngFormatter
 
 LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_error"}
@@ -190,12 +190,11 @@ def main(args):
         fail("--name: needed, for the csv and the figure")
     if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
         fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
-    if not args.from_csv:
-        args.metrics = args.metrics or ("eval/return",)
-    rows = None if args.from_csv else [*collect(args)]
-    if rows == []:
+    args.metrics = args.metrics or (() if args.from_csv else ("eval/return",))
+    rows = read(args.name) if args.from_csv else [*collect(args)]
+    if not any(row.get("metric") in (args.metrics or [row.get("metric")]) for row in rows):
         fail(f"--metrics {' '.join(args.metrics)}: none of the runs has logged it")
-    return publish(args.name, rows, lambda rows, figure: draw(args, rows, figure), (6, 4), args.title)
+    return publish(args.name, None if args.from_csv else rows, lambda *found: draw(args, *found), (6, 4), args.title)
 
 
 if __name__ == "__main__":

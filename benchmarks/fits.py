@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -39,8 +40,8 @@ RECORDINGS = {"InvertedPendulum-v4": QUICK | {"learning_starts": 500, "total_ste
 
 @dataclasses.dataclass
 class Args:
-    tasks: tuple[str, ...] = (*RECORDINGS, "toy")  # what to refit on
-    rules: tuple[str, ...] = (*RULES,)  # how
+    tasks: tuple[Literal[(*RECORDINGS, "toy")], ...] = (*RECORDINGS, "toy")  # what to refit on
+    rules: tuple[Literal[(*RULES,)], ...] = (*RULES,)  # how
     refits: int = 20  # fits per rule, each with 250 rows more
     seed: int = 1  # of recordings, networks and minibatches
     runs_dir: str = "runs/fits"  # where recordings are kept

@@ -89,7 +89,7 @@ def measure(args):
     """Rows of both tables: mean trajectories; returns and value gaps."""
     rows, summary = [], []
     for label, run in labelled(args.runs, args.labels):
-        agent, saved, *_ = open_run(run)
+        agent, saved, *_ = open_run(run, script="mbpo", task=TASK)
         paths = {}
         for dynamics, step in (("true", true_step), ("learned", agent.predict)):
             paths[dynamics], returns = roll_out(agent, step, saved.trials, args.episodes)

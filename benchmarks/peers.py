@@ -73,12 +73,12 @@ def train(args, trial, file):
 def main(args):
     name = f"{args.algorithm}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     run = Path(args.run_dir or f"runs/{args.env_id.replace(':', '_')}/{name}")
-    at_least(args, trials=1, total_steps=1, learning_starts=1, eval_every=1, eval_episodes=1)
+    at_least(args, seed=0, trials=1, total_steps=1, learning_starts=1, eval_every=1, eval_episodes=1)
     if run.exists():
         fail(f"--run-dir {run}: exists already")
     try:
         gym.make(args.env_id)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # whatever is wrong in a user's environment
         fail(f"--env-id {args.env_id}: cannot be made ({error})")
     package = PACKAGES[args.algorithm]
     if not importlib.util.find_spec(package):

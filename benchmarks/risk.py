@@ -105,7 +105,7 @@ def main(args):
         return 0
     rows, walks = [], {}
     for label, run in labelled(args.runs, args.labels):
-        agent, saved, *_ = open_run(run)
+        agent, saved, *_ = open_run(run, task="RiskyEdge-v0")
         returns, walks[label] = walk(agent, saved.trials, args.episodes, seed=20_000)
         rows += [describe(label, trial, returns[trial], walks[label][trial]) for trial in range(saved.trials)]
 

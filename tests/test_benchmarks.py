@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import ROOT, load_script
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -72,9 +73,16 @@ def test_a_run_is_opened_as_it_was_trained(tmp_path):
     agent, args, buffer, step = common.open_run("run", eval_episodes=1)
     assert step == 60 and args.trials == 2 and args.eval_episodes == 1 and buffer.rows().shape[1] == 60
     assert type(agent).__module__ == "beta_vmbpo" and common.run_args("run")[1].hidden_dim == 8
-    for wrong in ({"run": "nowhere"}, {"run": "run", "script": "sac_iterative"}):
+    assert common.run_args("run", script="mbpo", task="InvertedPendulum-v4")[0] == "beta_vmbpo"  # its name has it
+    for wrong in ({"run": "nowhere"}, {"run": "run", "script": "sac_iterative"}, {"run": "run", "task": "Hopper-v4"}):
         with pytest.raises(SystemExit, match="2"):
             common.open_run(**wrong)
+
+
+def test_a_line_that_is_not_finished_is_left_out(here):
+    """A full disk has cut the last value, 123, to 12."""
+    (here / "one/metrics.csv").write_text("step,trial,metric,value\n1,0,eval/return,123\n2,0,eval/return,12")
+    assert common.metrics_of(here / "one") == [(1, 0, "eval/return", 123)]
 
 
 def test_say_goes_on_when_nobody_listens():
@@ -89,6 +97,16 @@ def test_say_goes_on_when_nobody_listens():
 def test_committed_results_are_small():
     tables = [*(ROOT / "benchmarks/results").glob("*.csv")]
     assert len(tables) > 20 and all(path.stat().st_size <= 350_000 for path in tables)
+
+
+# fits.py
+
+
+@pytest.mark.parametrize("flag", ["--tasks", "--rules"])
+def test_fits_knows_its_tasks_and_rules(capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        tyro.cli(FITS.Args, args=[flag, "toy", "nothing"])
+    assert flag in capsys.readouterr().err and tyro.cli(FITS.Args, args=[]).rules == (*FITS.RULES,)
 
 
 # errors.py
@@ -106,6 +124,15 @@ def test_errors_and_gap_of_known_models():
         divergence=lambda obs: obs.sum((1, 2)) + 7)
     found = {name: value.tolist() for name, value in ERRORS.measure(agent, (1, 1, 1, 1, 1), rows).items()}
     assert found == {"error_p": [4], "error_q": [1], "kl": [7], "gap": [(0.5 + 2.5) / 2]}
+
+
+def test_errors_of_a_run_without_a_model_are_refused(here, capsys):
+    script = load_script("sac_iterative")
+    script.main(("--env-id Pendulum-v1 --total-steps 20 --learning-starts 20 --eval-episodes 1 --max-eval-steps 9 "
+                 "--batch-size 8 --device cpu --run-dir run").split())
+    with pytest.raises(SystemExit, match="2"):
+        ERRORS.main(ERRORS.Args(runs=("run",)))
+    assert "--runs run: no " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ("beta_vmbpo", "baselines/mbpo"))
@@ -272,6 +299,15 @@ def test_spread_over_trials():
     assert (low < middle).all() and (middle < high).all()
 
 
+@pytest.mark.parametrize("text, metrics, named", [("", (), "--metrics"), ("metric,step\na,1\n", ("b",), "--metrics b"),
+                                                   ("other,step\na,1\n", (), "no column")], ids=str)
+def test_tables_that_cannot_be_drawn(here, capsys, text, metrics, named):
+    (here / "results/made_up.csv").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        FIGURES.main(FIGURES.Args(from_csv=True, name="made_up", metrics=metrics))
+    assert named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["half_cheetah", "inference_fig3b_Hopper-v4", "latent_discriminative_rate"])
 def test_committed_tables_draw(here, name):
     (here / f"results/{name}.csv").write_bytes((ROOT / f"benchmarks/results/{name}.csv").read_bytes())
@@ -341,7 +377,7 @@ def test_the_scripts_find_the_tasks(monkeypatch, task):
 
 @pytest.mark.parametrize("flags, named", [
     ({"run_dir": "one"}, "--run-dir one"), ({"env_id": "Nothing-v1"}, "--env-id Nothing-v1"),
-    ({"eval_every": 0}, "--eval-every 0"),
+    ({"eval_every": 0}, "--eval-every 0"), ({"seed": -1}, "--seed -1"), ({"env_id": "a:b:c"}, "--env-id a:b:c"),
 ], ids=str)
 def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(here)

@@ -55,7 +55,7 @@ def test_figure_and_table(tmp_path, monkeypatch, capsys):
     for folder in ("results", "figures"):
         (tmp_path / folder).mkdir()
     args = MBPO.Args(hidden_dim=8, model_dim=8, trials=2, device="cpu")
-    monkeypatch.setattr(CAR, "open_run", lambda run: (MBPO.Agent(args, 2, 1), args, None, 0))
+    monkeypatch.setattr(CAR, "open_run", lambda run, **_: (MBPO.Agent(args, 2, 1), args, None, 0))
     monkeypatch.setattr(common, "OUT", tmp_path)
     monkeypatch.setattr(CAR.roll_out, "__defaults__", (20,))
     assert CAR.main(CAR.Args(runs=("run",), labels=("new",), episodes=3)) == 0

@@ -63,7 +63,7 @@ def test_walk_and_edges():
 def test_table_of_a_run(here, monkeypatch, capsys):
     mbpo = load_script("baselines/mbpo")
     args = mbpo.Args(hidden_dim=8, model_dim=8, trials=2, device="cpu")
-    monkeypatch.setattr(RISK, "open_run", lambda run: (mbpo.Agent(args, 2, 2), args, None, 0))
+    monkeypatch.setattr(RISK, "open_run", lambda run, **_: (mbpo.Agent(args, 2, 2), args, None, 0))
     flags = {"runs": ("run",), "labels": ("new",), "episodes": 5}
     assert RISK.main(RISK.Args(**flags)) == 0
     assert "new: return" in capsys.readouterr().out
