@@ -636,7 +636,7 @@ class Run:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
         say(f"{self.dir}: {args.env_id}, {args.trials} trial(s) on {args.device}, from step {self.now:,}")
-        self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None, smoothing=0.01)
+        self.bar = tqdm(total=args.total_steps, initial=self.now, disable=None if sys.stderr else True, smoothing=0.01)
         self.over, self.stop, self.result = False, [], "not evaluated"
         self.timed = self.now, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -766,7 +766,7 @@ def save(args, step, agent, buffers):
              "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
              "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
     path = Path(args.run_dir, "checkpoint.pt")
-    with refusing(path, code=1), replacing(path) as beside:  # of a full disk torch says RuntimeError
+    with refusing(f"{path} (is the disk full?)", code=1), replacing(path) as beside:  # of which torch says nothing
         torch.save(state, beside)
 
 
@@ -820,7 +820,7 @@ def wrong_values(values):
         if get_origin(field.type) is Annotated:
             kind, limits = get_args(field.type)
         if not isinstance(value, kind):
-            yield field.name, f"must be of type {kind.__name__}"
+            yield field.name, f"must be of type {getattr(kind, '__name__', kind)}"
         elif isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
             yield field.name, f"allowed are values from {limits[0]:g} to {limits[1]:g}"
 
@@ -852,7 +852,7 @@ def parse_args(argv=None):
     if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
         args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
         if args.cuda_graph:
             torch.cuda.get_device_properties(args.device)
             importlib.import_module("tensordict")
@@ -861,8 +861,8 @@ def parse_args(argv=None):
         if args.capture_video:
             importlib.import_module("moviepy")
             envs.reset(seed=args.seed)
-            envs.render()
-    need = 4e-9 * args.floats(envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+            _, _, _ = envs.render()[0].shape  # a picture
+        need = 4e-9 * args.floats(gym.spaces.flatdim(envs.single_observation_space), envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
         have = 1e-9 * torch.cuda.mem_get_info(args.device)[1]
@@ -874,10 +874,10 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    torch.manual_seed(args.seed)
-    set_precision(args)
     try:
+        args = parse_args(argv)
+        torch.manual_seed(args.seed)
+        set_precision(args)
         if not args.evaluate:
             return train(args)
         envs = make_envs(args, args.trials * args.eval_episodes)

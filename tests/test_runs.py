@@ -419,6 +419,12 @@ def test_a_process_whose_terminal_and_output_are_gone(tmp_path):
     assert checkpoint("run")["step"] == 40
 
 
+def test_a_process_without_stderr(tmp_path):
+    shape = known("sac_iterative", SIZES) | {"env_id": "tiny_envs:Counter-v0", "run_dir": "run"}
+    command = shlex.join([sys.executable, str(ROOT / "sac_iterative.py"), *flags(**shape)])
+    assert subprocess_run([], tmp_path, shell=f"{command} 2>&-").returncode == 0 and checkpoint("run")["step"] == 40
+
+
 KILL = """
 import importlib.util, io, os, signal, sys
 import torch
@@ -489,6 +495,7 @@ REFUSED = [  # flags, what the line must contain
     ("--env-id tiny_envs:Degenerate-v0", "--env-id tiny_envs:Degenerate-v0", "bounds"),
     ("--env-id tiny_envs:Scalar-v0", "--env-id tiny_envs:Scalar-v0", "vector"),
     ("--env-id tiny_envs:Image-v0", "--buffer-size", "GB"),
+    ("--env-id tiny_envs:Sequence-v0", "--env-id tiny_envs:Sequence-v0", "flattened"),
     ("--buffer-size 1000000000", "--buffer-size", "GB"),
     ("--hidden-dim 1000000", "GB"),
     ("--model-dim 1000000", "GB"),
@@ -541,6 +548,7 @@ REFUSED = [  # flags, what the line must contain
     ("--horizon 5 --horizon-from 7000 --horizon-until 6999", "--horizon-until", "--horizon-from"),
     ("--device cuda:99", "--device cuda:99"),
     ("--device nonsense", "--device nonsense"),
+    ("--device meta", "--device meta"),
     ("--termination-fn nonsense", "--termination-fn nonsense"),
     ("--termination-fn math", "--termination-fn math"),
     ("--termination-fn math:nothing", "--termination-fn math:nothing"),
@@ -643,6 +651,8 @@ EDITS = [  # file, what is done to its text, what the line must contain
     ("checkpoint.pt", lambda text: text[: len(text) // 2], "checkpoint.pt"),
     ("checkpoint.pt", overwritten, "checkpoint.pt", "damaged"),
     ("checkpoint.pt", lambda text: "", "checkpoint.pt"),
+    ("checkpoint.pt", lambda text: "hello", "checkpoint.pt"),
+    ("args.json", replaced('"target_entropy": null', '"target_entropy": "x"'), "target_entropy x", "float | None"),
 ]
 
 
@@ -709,7 +719,7 @@ def test_disk_that_is_full_at_a_save(name, row, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "save", failing)
     assert run(name, env_id="tiny_envs:Counter-v0", save_every=25, run_dir="run").code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert str(row[0]) in line and checkpoint("run")["step"] == 25
+    assert str(row[0]) in line and "disk full" in line and checkpoint("run")["step"] == 25
     assert not [*tmp_path.rglob("*.tmp")]
 
 
@@ -725,6 +735,12 @@ def test_directory_that_cannot_be_written(method, copy_of, capsys, tmp_path, mon
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("beta_vmbpo.py: error: ") and "No space left on device" in line
     assert files(folder) == before
+
+
+def test_directory_that_cannot_be_looked_at(capsys, tmp_path):
+    """Its name is too long; so it is with another user's directory."""
+    argv = ["--env-id", "Pendulum-v1", "--run-dir", "x" * 300]
+    assert "OSError: [Errno 36]" in refusal("beta_vmbpo", argv, capsys, tmp_path, code=1)
 
 
 def test_a_mistake_in_the_code_keeps_its_trace(monkeypatch):
@@ -871,7 +887,7 @@ def test_capture_video_writes_an_mp4(name, tmp_path, capsys):
 
 
 @one_script_each("row", [("Counter-v0", "moviepy", "moviepy"), ("NoRenderer-v0", "none", "render_mode"),
-                         ("NeedsPackage-v0", "none", "pip install something")])
+                         ("NeedsPackage-v0", "none", "pip install something"), ("NoPicture-v0", "none", "shape")])
 def test_capture_video_says_what_is_missing(name, row, capsys, tmp_path, monkeypatch):
     env_id, missing, said = row
     run(name, env_id=f"tiny_envs:{env_id}", total_steps=20, run_dir="run")

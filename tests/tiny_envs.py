@@ -109,6 +109,19 @@ class NeedsPackage(Counter):
         raise gym.error.DependencyNotInstalled("something is not installed, run `pip install something`")
 
 
+class NoPicture(Counter):
+    """A renderer that gives nothing."""
+
+    def render(self):
+        return None
+
+
+class Sequence(Counter):
+    """Observations of any length."""
+
+    observation_space = gym.spaces.Sequence(gym.spaces.Box(-np.inf, np.inf, (1,)))
+
+
 class Dictionary(Counter):
     """The counter's observation as a dictionary."""
 
@@ -157,6 +170,6 @@ def ends_above(obs, action, next_obs):
 
 
 for kind in (Counter, NanObservation, InfFinalObservation, NanResetObservation, NanReward, HugeReward, Signal, Dictionary,
-             NoRenderer, NeedsPackage, Unbounded, Integer, Degenerate, Scalar, Image):
+             NoRenderer, NeedsPackage, NoPicture, Sequence, Unbounded, Integer, Degenerate, Scalar, Image):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=7)
 gym.register("Endless-v0", Endless)
