@@ -730,6 +730,8 @@ def wrong_values(values):
             kind, limits = get_args(field.type)
         if not isinstance(value, kind):
             yield field.name, f"must be of type {getattr(kind, '__name__', kind)}"
+        elif get_origin(field.type) is Literal and value not in get_args(field.type):
+            yield field.name, f"allowed are {', '.join(get_args(field.type))}"
         elif isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
             yield field.name, f"allowed are values from {limits[0]:g} to {limits[1]:g}"
 
@@ -754,6 +756,8 @@ def parse_args(argv=None):
         fail(f"--total-steps {args.total_steps}: must be at least --learning-starts")
     if not run_dir and args.run_dir and Path(args.run_dir).exists():
         fail(f"--run-dir {args.run_dir}: exists already")
+    if args.resume and args.evaluate:
+        fail(f"--evaluate {args.evaluate}: not together with --resume")
     if args.capture_video and not args.evaluate:
         fail("--capture-video: needs --evaluate RUN_DIR")
     if args.device == "auto":

@@ -619,6 +619,12 @@ def test_checkpoint_of_another_environment_is_refused(name, copy_of, capsys, tmp
     assert "InvertedPendulum-v4" in refusal(name, ["--resume", folder], capsys, tmp_path)
 
 
+def test_resume_and_evaluate_together_are_refused(copy_of, capsys, tmp_path):
+    folder = copy_of("vmbpo")
+    argv = ["--evaluate", folder, "--resume", folder, "--total-steps", 60]
+    assert "not together with --resume" in refusal("vmbpo", argv, capsys, tmp_path)
+
+
 @every_script
 def test_resume_refuses_changed_sizes(name, copy_of, capsys, tmp_path):
     folder = copy_of(name)
@@ -651,7 +657,7 @@ EDITS = [  # file, what is done to its text, what the line must contain
     ("checkpoint.pt", lambda text: text[: len(text) // 2], "checkpoint.pt"),
     ("checkpoint.pt", overwritten, "checkpoint.pt", "damaged"),
     ("checkpoint.pt", lambda text: "", "checkpoint.pt"),
-    ("checkpoint.pt", lambda text: "hello", "checkpoint.pt"),
+    ("args.json", replaced('"matmul_precision": "', '"matmul_precision": "x'), "matmul_precision x", "highest, high, medium"),
     ("args.json", replaced('"target_entropy": null', '"target_entropy": "x"'), "target_entropy x", "float | None"),
 ]
 
