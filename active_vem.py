@@ -126,9 +126,11 @@ class Args:
 
     def conflicts(self):
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
-        for flag in ("marginal_weight", "info_weight"):
-            if getattr(self, flag) and self.agent != "generative":
+        for flag in ("marginal_weight", "marginal_samples", "info_weight", "info_samples"):
+            if getattr(self, flag) != getattr(Args, flag) and self.agent != "generative":
                 yield flag, "needs --agent generative, which has a model"
+        if self.info_weight and not self.plan_horizon:
+            yield "info_weight", "has no effect with --plan-horizon 0"
         if self.alpha and self.kl_target:
             yield "kl_target", "has no effect beside --alpha"
 
@@ -288,7 +290,7 @@ def log_mean_exp(x):
 
 def weighted_mean(x, weight):
     """Mean per trial of columns (..., trials, n, 1) with weights (trials, n, 1): (..., trials)."""
-    return (x * weight).sum((-2, -1)) / weight.sum((-2, -1))
+    return (x * weight).sum((-2, -1)) / weight.sum((-2, -1)).clamp(min=1e-12)  # few windows may hold no step that counts
 
 
 class Agent(nn.Module):

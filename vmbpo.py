@@ -146,10 +146,8 @@ class Args:
             yield "horizon_until", "has no effect with --horizon 1"
         if self.target_entropy is not None and self.entropy == "none":
             yield "target_entropy", "has no effect with --entropy none"
-        if self.beta == 0:
-            yield "beta", "must not be 0"
-        if self.log_ratio_in_critic and math.isinf(self.beta):
-            yield "log_ratio_in_critic", "needs a finite --beta"
+        if self.beta == 0 or math.isinf(self.beta) and self.log_ratio_in_critic:
+            yield "beta", "must not be 0, nor infinite with --log-ratio-in-critic"
         with refusing(f"--termination-fn {self.termination_fn}"):
             if self.termination_fn and not callable(pkgutil.resolve_name(self.termination_fn)):
                 raise TypeError("not a function")

@@ -867,7 +867,8 @@ def test_double_integrator_has_the_known_returns():
     ("--prior-mix 1.5", ("--prior-mix 1.5",)), ("--alpha 0", ("--alpha",)), ("--max-grad-norm 0", ("--max-grad-norm 0",)),
     ("--alpha nan", ("--alpha nan",)), ("--agent discriminative --info-weight 2", ("--info-weight", "generative")),
     ("--agent discriminative --marginal-weight 1", ("--marginal-weight", "generative")),
-    ("--alpha 1 --kl-target 1", ("--kl-target",)),
+    ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--info-weight 1 --plan-horizon 0", ("--info-weight", "no effect")),
+    ("--agent discriminative --info-samples 2", ("--info-samples", "generative")),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -877,6 +878,12 @@ def test_refused(flags, parts, capsys):
 
 
 # --- whole runs
+
+
+@pytest.mark.parametrize("windows, length", [(1, 1), (2, 5)])
+def test_a_window_in_which_no_action_counts(windows, length, tmp_path):
+    """It begins within an episode, or holds the end alone: the update that draws it teaches q(a) nothing, and no nan."""
+    assert run(tmp_path / "run", env_id="InvertedPendulum-v4", windows=windows, window_length=length, total_steps=60)
 
 
 def test_evaluation_follows_the_filter(tmp_path, capsys):

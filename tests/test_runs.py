@@ -570,15 +570,10 @@ def test_refused(name, row, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, command", [("beta_vmbpo", "--beta 0"), ("vmbpo", "--beta 0"), ("beta_vmbpo", "--beta -1"),
-                                           ("beta_vmbpo", "--beta nan"), ("vmbpo", "--beta nan")])
+                                           ("beta_vmbpo", "--beta nan"), ("vmbpo", "--beta nan"),
+                                           ("vmbpo", "--beta inf --log-ratio-in-critic")])
 def test_beta_refused(name, command, capsys, tmp_path):
-    assert command in refusal(name, command.split(), capsys, tmp_path)
-
-
-def test_infinite_beta_times_a_log_ratio_is_refused(capsys, tmp_path):
-    """Where q is p it would be ∞ · 0."""
-    command = ["--env-id", "Pendulum-v1", "--beta=-inf", "--log-ratio-in-critic"]
-    assert "--log-ratio-in-critic True: needs a finite --beta" in refusal("vmbpo", command, capsys, tmp_path)
+    assert " ".join(command.split()[:2]) in refusal(name, command.split(), capsys, tmp_path)
 
 
 @model_based
