@@ -105,15 +105,14 @@ def study(task, rule, args):
     for i in range(args.refits + 3):
         buffer.add(rows[:, int(buffer.added) : starts + 250 * min(i, args.refits - 1)])
         if i == args.refits - 1:
-            before = copy.deepcopy((agent.state_dict(), {name: opt.state_dict() for name, opt in agent.opts.items()}))
+            before = copy.deepcopy((agent.state_dict(), agent.opts["models"].state_dict()))
         value = fit(agent, buffer, 1e7, i, forget)["model/prior_error"]
         yield base | {"what": "error" if i < args.refits else "again", "x": i + 1, "value": value,
                         "seconds": time.perf_counter() - began}
     for what, x in [*(("kl", beta) for beta in BETAS), *(("scatter", i) for i in range(7))]:
-        networks, optimizers = copy.deepcopy(before)
+        networks, moments = copy.deepcopy(before)
         agent.load_state_dict(networks)
-        for name, opt in agent.opts.items():
-            opt.load_state_dict(optimizers[name])
+        agent.opts["models"].load_state_dict(moments)
         beta, seed = (x, 99) if what == "kl" else (10, x)
         yield base | {"what": what, "x": x, "value": fit(agent, buffer, beta, seed, forget)["model/kl"], "seconds": 0.0}
 
