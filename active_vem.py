@@ -290,7 +290,7 @@ def log_mean_exp(x):
 
 def weighted_mean(x, weight):
     """Mean per trial of columns (..., trials, n, 1) with weights (trials, n, 1): (..., trials)."""
-    return (x * weight).sum((-2, -1)) / weight.sum((-2, -1)).clamp(min=1e-12)  # few windows may hold no step that counts
+    return (x * weight).sum((-2, -1)) / weight.sum((-2, -1)).clamp(min=1e-12)  # few windows may hold no such step
 
 
 class Agent(nn.Module):
