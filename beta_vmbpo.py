@@ -865,7 +865,7 @@ def parse_args(argv=None):
         if args.capture_video:
             importlib.import_module("moviepy")
             envs.reset(seed=args.seed)
-            _, _, _ = envs.render()[0].shape  # a picture
+            _, _, _ = envs.render()[0].shape  # a picture has three axes
         need = 4e-9 * args.floats(gym.spaces.flatdim(envs.single_observation_space), envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device.startswith("cuda"):
