@@ -192,7 +192,8 @@ def main(args):
         fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
     args.metrics = args.metrics or (() if args.from_csv else ("eval/return",))
     rows = read(args.name) if args.from_csv else [*collect(args)]
-    if not any(row.get("metric") in (args.metrics or [row.get("metric")]) for row in rows):
+    logged = {row.get("metric") for row in rows}
+    if not logged.intersection(args.metrics or logged):
         fail(f"--metrics {' '.join(args.metrics)}: none of the runs has logged it")
     return publish(args.name, None if args.from_csv else rows, lambda *found: draw(args, *found), (6, 4), args.title)
 

@@ -99,16 +99,6 @@ def test_committed_results_are_small():
     assert len(tables) > 20 and all(path.stat().st_size <= 350_000 for path in tables)
 
 
-# fits.py
-
-
-@pytest.mark.parametrize("flag", ["--tasks", "--rules"])
-def test_fits_knows_its_tasks_and_rules(capsys, flag):
-    with pytest.raises(SystemExit, match="2"):
-        tyro.cli(FITS.Args, args=[flag, "toy", "nothing"])
-    assert flag in capsys.readouterr().err and tyro.cli(FITS.Args, args=[]).rules == (*FITS.RULES,)
-
-
 # errors.py
 
 
@@ -158,6 +148,13 @@ def test_errors_of_a_run(here, name, capsys):
 
 
 # fits.py
+
+
+@pytest.mark.parametrize("flag", ["--tasks", "--rules"])
+def test_fits_knows_its_tasks_and_rules(capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        tyro.cli(FITS.Args, args=[flag, "toy", "nothing"])
+    assert flag in capsys.readouterr().err and tyro.cli(FITS.Args, args=[]).rules == (*FITS.RULES,)
 
 
 def test_refits_of_a_study(here, monkeypatch, capsys):
