@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17",
-#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6",
+#                 "scikit-learn==1.9.1", "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """VMBPO: model-based RL as variational inference with optimistic dynamics, in one file.
 
@@ -16,7 +16,7 @@ q_φ(s'|s,a) are their posterior given optimality: p tilted towards states of hi
     J(ω) = E_model[E_{a~q_ω}[β log q_ω(a|s) − β log π_κ(a|s) − Q(s,a)]],  then κ ← ω                    (13, 14)
 
 Deviations from the paper, each with the flag that goes back where there is one; docs/beta_vmbpo.md says more:
- 1. γ and a learned probability of termination enter (11) and (12). `--termination-fn`: a known rule.
+ 1. γ and termination enter (11) and (12). A decision tree learns when episodes end. `--termination-fn`: a known rule.
  2. In a fit p learns alone, then q starts at p and both learn, at a rate that rises and falls to zero: KL(q‖p) is the
     tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
@@ -55,6 +55,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from sklearn.tree import DecisionTreeRegressor
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.func import functional_call
@@ -65,6 +66,7 @@ FIT_SHARES = (0, 0.25, 0.5, 1)  # shares of a fit's minibatches
 FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the learning rate there
 POSTERIOR_START = {"two_phase": 0.5, "constant": 0}  # share of a fit that p learns alone
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
+TREE_DEPTH = 8  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 EXPONENT_MAX = 4.0  # Appendix C.1
 torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the device
@@ -129,7 +131,7 @@ class Args:
     horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
     horizon_from: Count = 1  # environment step at which they begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
-    termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
+    termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: a tree learns it
     beta: Risk = 1.0  # risk parameter, in units of reward: 1 is VMBPO, small is optimistic, ∞ is MBPO, < 0 is averse
     kl_estimator: Literal["mixture", "members"] = "mixture"  # KL of moment-matched ensembles, or mean over members
     log_ratio_in_critic: bool = False  # subtract β log q/p from imagined rewards, and so from the target in (12)
@@ -284,6 +286,32 @@ class Dynamics(StackedMLP):
         return [*groups, {"params": [parameter for name, parameter in self.named_parameters() if "weight" not in name]}]
 
 
+class Terminator(nn.Module):
+    """Probability per trial that a state ends its episode, a decision tree: ends are few and their bounds sharp."""
+
+    def __init__(self, trials):
+        super().__init__()
+        self.register_buffer("nodes", torch.zeros(trials, 2 ** (TREE_DEPTH + 1), 5))  # (trials, node, column)
+
+    def fit(self, obs, ended):
+        """obs (trials, n, obs_dim), ended (trials, n, 1)."""
+        for nodes, x, y in zip(self.nodes, obs.cpu().numpy(), ended.cpu().numpy()):
+            tree = DecisionTreeRegressor(max_depth=TREE_DEPTH, random_state=0).fit(x, y).tree_
+            itself, leaf = np.arange(tree.node_count), tree.feature < 0
+            below, above = np.where(leaf, itself, (tree.children_left, tree.children_right))
+            columns = (below, above, tree.feature.clip(min=0), tree.threshold, tree.value[:, 0, 0])
+            nodes[: tree.node_count] = torch.as_tensor(np.stack(columns, -1))
+
+    def forward(self, obs):
+        """obs (trials, n, obs_dim) -> (trials, n, 1)."""
+        node = torch.zeros_like(obs[..., :1])
+        for _ in range(TREE_DEPTH + 1):  # in a leaf it stays
+            columns = self.nodes.gather(1, node.long().expand(-1, -1, self.nodes.shape[-1]))
+            below, above, feature, threshold, share_ended = columns.split(1, -1)
+            node = torch.where(obs.gather(-1, feature.long()) <= threshold, below, above)
+        return share_ended
+
+
 class Agent(nn.Module):
     """Networks, optimizers and the steps of Algorithm 1: act, fit_model, imagine, learn."""
 
@@ -301,17 +329,14 @@ class Agent(nn.Module):
         ensemble, model_dims = (args.ensemble_size, trials), (args.model_dim,) * args.model_layers
         self.model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)
         self.posterior_model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)
-        self.terminator = StackedMLP((trials,), (obs_dim, 64, 64, 1))
+        self.terminator = Terminator(trials)
         self.inputs, self.targets = Normalizer(trials, obs_dim + action_dim), Normalizer(trials, obs_dim + 1)
-        self.states = Normalizer(trials, obs_dim)
         self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))  # least, greatest
-        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))  # 1 where an episode has
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
         self.beta = args.beta
         self.to(args.device)
 
-        adam = {"fused": True, "capturable": True}
-        groups = [*self.model.groups(), *self.posterior_model.groups(), {"params": self.terminator.parameters()}]
+        adam, groups = {"fused": True, "capturable": True}, [*self.model.groups(), *self.posterior_model.groups()]
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
@@ -332,11 +357,11 @@ class Agent(nn.Module):
         return value if self.args.entropy == "none" else value - self.log_alpha.exp() * log_prob
 
     def termination(self, obs, action, next_obs):
-        """Probability (trials, n, 1) that the episode ends at next_obs; 0 where none has ended yet."""
+        """Probability (trials, n, 1) that the episode ends at next_obs."""
         if self.args.termination_fn:
             known = pkgutil.resolve_name(self.args.termination_fn)
             return known(obs, action, next_obs).reshape(*obs.shape[:-1], 1).float()
-        return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
+        return self.terminator(next_obs)
 
     def moments(self, model, obs, action, members=...):
         """Mean and log-variance of normalised (Δobs, reward), of all or indexed members: (ensemble, trials, n, out)."""
@@ -373,13 +398,13 @@ class Agent(nn.Module):
         return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # eq. (10), (11)
 
     def fit_statistics(self, buffer):
-        """Means, deviations and ranges of the replayed transitions."""
+        """What needs no gradient: means, deviations and ranges of the replayed transitions, and where episodes end."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
         self.inputs.fit(torch.cat([obs, action], -1))
         self.targets.fit(torch.cat([next_obs - obs, reward], -1))
-        self.states.fit(next_obs)
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
-        self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+        if not self.args.termination_fn:
+            self.terminator.fit(next_obs, terminated)
 
     def start_posterior(self):
         """Let q begin at p, with p's Adam moments."""
@@ -439,7 +464,7 @@ class Agent(nn.Module):
                 "model/kl": self.divergence(obs)}
 
     def fit_model(self, buffer):
-        """Fit p_θ, q_φ and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
+        """Fit p_θ, q_φ and the ends of episodes to the replayed transitions; returns metrics, each (trials,)."""
         args, shape = self.args, (self.args.ensemble_size, self.args.trials)
         self.fit_statistics(buffer)
         weights = self.transition_weights(buffer)
@@ -455,10 +480,7 @@ class Agent(nn.Module):
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             index += index // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
-            *_, next_obs, terminated = batch
-            logit = self.terminator(self.states(next_obs[0]))  # learns from the first member's rows
-            end_loss = F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="sum") / args.batch_size
-            loss = self.model_loss(self.model, batch) + end_loss
+            loss = self.model_loss(self.model, batch)
             if joint:  # else q has no gradient, and Adam leaves it as it is
                 loss = loss + self.model_loss(self.posterior_model, batch, weights[buffer.trial, index])
             self.descend("models", loss)

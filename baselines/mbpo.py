@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6", "tyro==1.0.17",
-#                 "tqdm==4.70.1", "matplotlib==3.11.2"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "numpy==2.4.6",
+#                 "scikit-learn==1.9.1", "tyro==1.0.17", "tqdm==4.70.1", "matplotlib==3.11.2"]
 # ///
 """MBPO: model-based policy optimization, the baseline of the variational methods beside it, in one file.
 
@@ -19,7 +19,7 @@ Deviations from Janner et al., each with the flag that goes back where there is 
  1. A fit makes a fixed number of passes, within bounds on its minibatches; theirs stops early, by the hold-out error.
  2. Within a fit the rate rises and falls to zero. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one.
     `--fit-rule constant`: neither.
- 3. A learned probability of termination is the continuation factor. `--termination-fn`: a known rule.
+ 3. A decision tree learns when episodes end. `--termination-fn`: a known rule.
  4. Targets are standardised as inputs are, imagined states clipped to the data's range, every fifth row is held out for
     good, and roll-outs are dealt to the elites in chunks.
  5. The target entropy is −(action dimensions)/2, theirs on Walker2d, HalfCheetah and Ant. `--target-entropy`: another.
@@ -50,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from sklearn.tree import DecisionTreeRegressor
 from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -58,6 +59,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_SHARES = (0, 0.25, 0.5, 1)  # shares of a fit's minibatches
 FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the learning rate there
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
+TREE_DEPTH = 8  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
@@ -119,7 +121,7 @@ class Args:
     horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
     horizon_from: Count = 1  # environment step at which they begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
-    termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: learned
+    termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: a tree learns it
 
     def conflicts(self):
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
@@ -269,6 +271,32 @@ class Dynamics(StackedMLP):
         return [*groups, {"params": [parameter for name, parameter in self.named_parameters() if "weight" not in name]}]
 
 
+class Terminator(nn.Module):
+    """Probability per trial that a state ends its episode, a decision tree: ends are few and their bounds sharp."""
+
+    def __init__(self, trials):
+        super().__init__()
+        self.register_buffer("nodes", torch.zeros(trials, 2 ** (TREE_DEPTH + 1), 5))  # (trials, node, column)
+
+    def fit(self, obs, ended):
+        """obs (trials, n, obs_dim), ended (trials, n, 1)."""
+        for nodes, x, y in zip(self.nodes, obs.cpu().numpy(), ended.cpu().numpy()):
+            tree = DecisionTreeRegressor(max_depth=TREE_DEPTH, random_state=0).fit(x, y).tree_
+            itself, leaf = np.arange(tree.node_count), tree.feature < 0
+            below, above = np.where(leaf, itself, (tree.children_left, tree.children_right))
+            columns = (below, above, tree.feature.clip(min=0), tree.threshold, tree.value[:, 0, 0])
+            nodes[: tree.node_count] = torch.as_tensor(np.stack(columns, -1))
+
+    def forward(self, obs):
+        """obs (trials, n, obs_dim) -> (trials, n, 1)."""
+        node = torch.zeros_like(obs[..., :1])
+        for _ in range(TREE_DEPTH + 1):  # in a leaf it stays
+            columns = self.nodes.gather(1, node.long().expand(-1, -1, self.nodes.shape[-1]))
+            below, above, feature, threshold, share_ended = columns.split(1, -1)
+            node = torch.where(obs.gather(-1, feature.long()) <= threshold, below, above)
+        return share_ended
+
+
 class Agent(nn.Module):
     """Networks, optimizers and the four steps: act, fit_model, imagine, learn."""
 
@@ -285,20 +313,17 @@ class Agent(nn.Module):
 
         ensemble, model_dims = (args.ensemble_size, trials), (args.model_dim,) * args.model_layers
         self.model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)
-        self.terminator = StackedMLP((trials,), (obs_dim, 64, 64, 1))
+        self.terminator = Terminator(trials)
         self.inputs, self.targets = Normalizer(trials, obs_dim + action_dim), Normalizer(trials, obs_dim + 1)
-        self.states = Normalizer(trials, obs_dim)
         self.register_buffer("state_range", torch.zeros(2, trials, 1, obs_dim))  # least, greatest
-        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))  # 1 where an episode has
         self.register_buffer("elites", torch.zeros(args.num_elites, trials, dtype=torch.long))
         self.to(args.device)
 
         adam = {"fused": True, "capturable": True}
-        groups = [*self.model.groups(), {"params": self.terminator.parameters()}]
         self.opts = {
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
-            "models": torch.optim.Adam(groups, args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
+            "models": torch.optim.Adam(self.model.groups(), args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
         }
         self.learn = captured(self.learn, args)  # with --cuda-graph
 
@@ -315,11 +340,11 @@ class Agent(nn.Module):
         return value if self.args.entropy == "none" else value - self.log_alpha.exp() * log_prob
 
     def termination(self, obs, action, next_obs):
-        """Probability (trials, n, 1) that the episode ends at next_obs; 0 where none has ended yet."""
+        """Probability (trials, n, 1) that the episode ends at next_obs."""
         if self.args.termination_fn:
             known = pkgutil.resolve_name(self.args.termination_fn)
             return known(obs, action, next_obs).reshape(*obs.shape[:-1], 1).float()
-        return self.terminator(self.states(next_obs)).sigmoid() * self.ever_ended
+        return self.terminator(next_obs)
 
     def moments(self, model, obs, action, members=...):
         """Mean and log-variance of normalised (Δobs, reward), of all or indexed members: (ensemble, trials, n, out)."""
@@ -345,13 +370,13 @@ class Agent(nn.Module):
         return nll.mean((-2, -1)).sum() + bounds.sum()  # eq. (10)
 
     def fit_statistics(self, buffer):
-        """Means, deviations and ranges of the replayed transitions."""
+        """What needs no gradient: means, deviations and ranges of the replayed transitions, and where episodes end."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
         self.inputs.fit(torch.cat([obs, action], -1))
         self.targets.fit(torch.cat([next_obs - obs, reward], -1))
-        self.states.fit(next_obs)
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
-        self.ever_ended.copy_(terminated.amax(1, keepdim=True))
+        if not self.args.termination_fn:
+            self.terminator.fit(next_obs, terminated)
 
     @torch.no_grad()
     def predict(self, obs, action):
@@ -381,7 +406,7 @@ class Agent(nn.Module):
         return {"model/prior_error": prior_error.mean(0), "model/optimism_gap": gap.mean((-2, -1))}
 
     def fit_model(self, buffer):
-        """Fit dynamics and the termination probability to the replayed transitions; returns metrics, each (trials,)."""
+        """Fit dynamics and the ends of episodes to the replayed transitions; returns metrics, each (trials,)."""
         args, shape = self.args, (self.args.ensemble_size, self.args.trials)
         self.fit_statistics(buffer)
         num_train = buffer.rows().shape[1] * (HOLD_OUT_EVERY - 1) // HOLD_OUT_EVERY
@@ -396,10 +421,7 @@ class Agent(nn.Module):
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             index += index // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
-            *_, next_obs, terminated = batch
-            logit = self.terminator(self.states(next_obs[0]))  # learns from the first member's rows
-            end_loss = F.binary_cross_entropy_with_logits(logit, terminated[0], reduction="sum") / args.batch_size
-            self.descend("models", self.model_loss(self.model, batch) + end_loss)
+            self.descend("models", self.model_loss(self.model, batch))
 
         step = captured(minibatch, args)
         for i in range(batches):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script
+from sklearn.tree import DecisionTreeRegressor
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution, kl_divergence
 
@@ -597,7 +598,7 @@ def test_weight_decay_is_that_of_mbpo(script, layers, rates):
     decay = {id(p): group["weight_decay"] for group in agent.opts["models"].param_groups for p in group["params"]}
     for model in (agent.model, *([] if script is MBPO else [agent.posterior_model])):
         assert [decay.pop(id(layer.weight)) for layer in model.layers] == rates
-    assert not any(decay.values()) and len(decay) > 10
+    assert decay and not any(decay.values())
 
 
 @pytest.mark.parametrize("rule, factors", [("two_phase", [1.5, 2, 0.75, 0.25]), ("constant", [1, 1, 1, 1])])
@@ -643,19 +644,36 @@ def test_what_a_fit_reports(script):
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
-def test_termination_is_learned(script):
-    """A rule |s₀| > 1 is recovered from data; where no episode has ended the continuation factor is exactly 1."""
-    sizes = {"max_batches": 1500, "epochs": 1500, "batch_size": 256, "ensemble_size": 1, "num_elites": 1}
-    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, **sizes)
-    rule = lambda s: (s[..., :1].abs() > 1).float()
-    fill(script, buffer, 2000, terminated=rule)
-    agent.fit_model(buffer)
-    fresh = torch.randn(1, 2000, 2)
+def test_ends_are_learned_from_few(script):
+    """Of 6,000 states in 17 dimensions about 30 end their episodes, by a sharp rule on two of them: new ends are seen."""
+    agent, buffer, _ = build(script, obs_dim=17, action_dim=1, buffer_size=6000, trials=2)
+    rule = lambda s: ((s[..., :1] > 2.8) | (s[..., 1:2] < -3)).float()
+    fill(script, buffer, 6000, terminated=rule)
+    agent.fit_statistics(buffer)
+    fresh = torch.randn(2, 20_000, 17)
     ended = agent.termination(fresh, None, fresh)
-    assert ((ended > 0.5).float() == rule(fresh)).float().mean() > 0.95
-    buffer.storage[..., sum(buffer.widths[:4])] = 0
-    agent.fit_model(buffer)
-    assert (agent.termination(fresh, None, fresh) == 0).all()
+    missed, false = (rule(fresh) - ended).relu().sum((1, 2)), (ended - rule(fresh)).relu().sum((1, 2))
+    assert (missed < 0.1 * rule(fresh).sum((1, 2))).all()  # a perceptron misses half of them
+    assert (false < 0.2 * rule(fresh).sum((1, 2))).all()
+    buffer.storage[1, :, sum(buffer.widths[:4])] = 0
+    agent.fit_statistics(buffer)
+    ended = agent.termination(fresh, None, fresh)
+    assert ended[0].any() and not ended[1].any()  # each trial has its own
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_tree_of_ends_predicts_as_its_library_does(script):
+    """Ends at random have leaves at every depth, and shares between 0 and 1."""
+    x, fresh = torch.randn(2, 500, 3), torch.randn(2, 1000, 3)
+    ended = (torch.rand(2, 500, 1) < x[..., :1].sigmoid()).float()
+    terminator = script.Terminator(2)
+    assert (terminator(fresh) == 0).all()  # before any fit
+    terminator.fit(x, ended)
+    for trial in range(2):
+        tree = DecisionTreeRegressor(max_depth=script.TREE_DEPTH, random_state=0).fit(x[trial], ended[trial])
+        expected = torch.as_tensor(tree.predict(fresh[trial]), dtype=torch.float32)
+        assert 0.1 < expected.mean() < 0.9 and tree.get_depth() == script.TREE_DEPTH
+        torch.testing.assert_close(terminator(fresh)[trial, :, 0], expected)
 
 
 def ends_above_two(obs, action, next_obs):

@@ -157,8 +157,7 @@ def test_short_run_moves_every_parameter(name, finished):
     assert all(torch.equal(value, initial[key]) for key, value in fresh.state_dict().items())
     final = dict(agent.named_parameters())
     expected = {"actor.layers.0.weight", "critic.layers.2.bias", "critic_target.layers.0.weight", "log_alpha"}
-    expected |= {"model.layers.2.weight", "model.max_log_var", "model.min_log_var",
-                 "terminator.layers.1.bias"} if name in MODEL_BASED else set()
+    expected |= {"model.layers.2.weight", "model.max_log_var", "model.min_log_var"} if name in MODEL_BASED else set()
     expected |= {"latent_posterior.layers.0.weight", "latent_prior.layers.2.bias", "decoder.layers.1.weight",
                  "log_scale", "first_latent"} if name == "active_vem" else set()
     expected |= {"prior_actor.layers.0.weight"} if name == "active_vem" else set()
@@ -193,14 +192,15 @@ def test_short_run_fills_buffers_and_statistics(name, finished):
     # The statistics of the last fit, which saw all 40 rows.
     rest = [1] * (real["storage"].shape[-1] - 10)
     obs, action, reward, next_obs, terminated = real["storage"].split((4, 1, 1, 4, *rest), -1)[:5]
-    for normalizer, x in ((agent.inputs, torch.cat([obs, action], -1)), (agent.states, next_obs),
+    for normalizer, x in ((agent.inputs, torch.cat([obs, action], -1)),
                           (agent.targets, torch.cat([next_obs - obs, reward], -1))):
         std = x.std(1, keepdim=True)
         torch.testing.assert_close(normalizer.mean, x.mean(1, keepdim=True))
         torch.testing.assert_close(normalizer.std, torch.where(std < 1e-6, 1.0, std))
     both = torch.cat([obs, next_obs], 1)
     assert torch.equal(agent.state_range, torch.stack([both.amin(1, keepdim=True), both.amax(1, keepdim=True)]))
-    assert terminated.any(1).all() and agent.ever_ended.all()  # a pole moved at random falls within 40 steps
+    assert terminated.any(1).all()  # a pole moved at random falls within 40 steps
+    assert torch.equal(agent.termination(obs, action, next_obs), terminated)
     assert all(len(set(elites)) == 2 and set(elites) <= {0, 1, 2} for elites in agent.elites.T.tolist())
     # The critic's target follows the critic at a distance.
     for key, value in agent.critic_target.state_dict().items():
