@@ -55,10 +55,7 @@ def commit():
 
 # Scripts and runs
 
-
-def load_script(name):
-    """A training script as a module, by its file's name without .py."""
-    return importlib.import_module(name)
+load_script = importlib.import_module  # by a training script's name, without .py
 
 
 def build(name, **flags):
@@ -155,7 +152,7 @@ def publish(name, rows, draw, size, title=""):
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title or name)
     try:
-        lines = [*draw(read(name), figure)]
+        lines = [*(draw(read(name), figure) or ())]
     except KeyError as error:
         fail(f"--from-csv: {name}.csv has no column {error}; it is of another experiment")
     figure.savefig(OUT / f"figures/{name}.png", dpi=120)

@@ -4,6 +4,7 @@
 
 Of held-out transitions: the squared one-step error in units of the target's variance, mean over members, as
 model/prior_error; KL(q‖p); the optimism gap, E[V(s')] under the learned dynamics less V(s') of the real next state.
+Per 100 ends in the newest rows: those missed, and false ones, by a tree and by a perceptron that know the older rows.
 """
 
 import dataclasses
@@ -12,6 +13,9 @@ import sys
 import torch
 import tyro
 from common import at_least, group, labelled, open_run, say, write
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 
 @dataclasses.dataclass
@@ -19,7 +23,7 @@ class Args:
     runs: tuple[str, ...] = ()  # run directories of the model-based scripts
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     out: str = "errors"  # name of the csv
-    newest: int = 1_000  # environment steps, of which every fifth is held out
+    newest: int = 1_000  # environment steps; of the ensembles' errors every fifth, which is held out
 
 
 @torch.no_grad()
@@ -36,17 +40,33 @@ def measure(agent, widths, rows):
     return found
 
 
+def ends(script, obs, ended, newest):
+    """Name -> value per trial: what becomes of 100 ends in the newest rows (trials, n, ·)."""
+    old_obs, old_ended, obs, ended = obs[:, :-newest], ended[:, :-newest], obs[:, -newest:], ended[:, -newest:]
+    tree, perceptron = script.Terminator(len(obs)), make_pipeline(StandardScaler(), MLPClassifier(random_state=0))
+    tree.fit(old_obs, old_ended)
+    learn = lambda x, y, new: torch.as_tensor(perceptron.fit(x, y).predict_proba(new)[:, 1:])
+    learned = {"tree": tree(obs), "perceptron": torch.stack([*map(learn, old_obs, old_ended[..., 0], obs)])}
+    found, per_end = {}, lambda x: 100 * x.clamp(min=0).sum((1, 2)) / ended.sum((1, 2))
+    for name, share in learned.items():
+        found[f"missed_{name}"], found[f"false_{name}"] = per_end(ended - share), per_end(share - ended)
+    return found
+
+
 def main(args):
     at_least(args, newest=5)
     rows = []
     for label, run in labelled(args.runs, args.labels):
         agent, _, buffer, step = open_run(run, script="mbpo")
-        count = buffer.rows().shape[1]
-        held_out = torch.arange(0, count, sys.modules[type(agent).__module__].HOLD_OUT_EVERY)
-        for which, index in (("all", held_out), ("newest", held_out[held_out >= count - args.newest])):
-            for name, values in measure(agent, buffer.widths, buffer.rows()[:, index]).items():
-                rows += [{"label": label, "step": step, "rows": which, "trial": trial, "metric": name, "value": value}
-                         for trial, value in enumerate(values.tolist())]
+        script, (*_, next_obs, ended) = sys.modules[type(agent).__module__], buffer.rows().split(buffer.widths, -1)
+        held_out = torch.arange(0, ended.shape[1], script.HOLD_OUT_EVERY)
+        newest = held_out[held_out >= ended.shape[1] - args.newest]
+        found = {which: measure(agent, buffer.widths, buffer.rows()[:, index])
+                 for which, index in (("all", held_out), ("newest", newest))}
+        if ended[:, : -args.newest].any(1).all() and ended[:, -args.newest :].any(1).all():
+            found["newest"] |= ends(script, next_obs, ended, args.newest)
+        rows += [{"label": label, "step": step, "rows": which, "trial": trial, "metric": name, "value": value}
+                 for which in found for name in found[which] for trial, value in enumerate(found[which][name].tolist())]
     for (label, which, name), found in group(rows, "label", "rows", "metric").items():
         say(f"{label}, {which} rows: {name} " + ", ".join(f"{row['value']:.3g}" for row in found))
     write(args.out, rows)

@@ -119,7 +119,6 @@ def draw(rows, figure):
         axis.axvline(GOAL, color="k", ls=":", lw=1)
         axis.set(title=label, xlabel="position (dotted: the goal)", ylabel="velocity")
         axis.legend(fontsize=7)
-    return []
 
 
 def main(args):

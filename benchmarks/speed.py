@@ -18,6 +18,7 @@ where it is installed.
 import dataclasses
 import importlib.util
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -41,9 +42,6 @@ SAC = {"inference": "direct", "prior": "uniform", "action_samples": 1, "batch_si
 FULL = {"env_id": "Walker2d-v4", "fit_every": 1,  # memory does not ask for more minibatches
         "min_first_batches": 5, "min_batches": 5, "max_batches": 5}
 HUNDRED = {"min_first_batches": 100, "min_batches": 100, "max_batches": 100}  # minibatches of a fit
-TINY = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400,
-        "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2, "max_batches": 2,
-        "windows": 2}  # of --quick
 
 
 @dataclasses.dataclass
@@ -56,7 +54,6 @@ class Args:
     cuda_graph: bool = False  # replay our own updates and minibatches as CUDA graphs
     only: str = ""  # only the rows with this text in their name
     out: str = ""  # name of the csv; default: speed_TABLE
-    quick: bool = False  # tiny networks and blocks, to see that everything works; needs --out
 
 
 @dataclasses.dataclass
@@ -298,12 +295,8 @@ def measure(args, own, peer):
 
 def place(device):
     """Columns that say where, when and at which commit a row was measured."""
-    name = platform.processor() or platform.machine()
-    if device != "cpu":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    cpu = Path("/proc/cpuinfo").exists() and re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = torch.cuda.get_device_name(device) if device != "cpu" else cpu[1] if cpu else platform.machine()
     return {"device": device, "torch": torch.__version__, "machine": name, "date": time.strftime("%Y-%m-%d"),
             "commit": commit()}
 
@@ -316,13 +309,8 @@ def measure_table(args):
         own.flags = own.flags | {"cuda_graph": args.cuda_graph}
         if args.matmul_precision != "default":
             own.flags = own.flags | {"matmul_precision": args.matmul_precision}
-        if args.quick:
-            tiny = {key: value for key, value in TINY.items() if hasattr(load_script(own.script).Args, key)}
-            own.flags = own.flags | tiny
         for contestant in filter(None, (own, peer)):
             contestant.device = args.device
-            if args.quick:
-                contestant.rows, contestant.calls = min(contestant.rows, 300), min(contestant.calls, 2)
         row = {"table": args.table, "row": name, "threads": own.threads, "blocks": args.blocks}
         row |= measure(args, own, peer) | place(args.device)
         say_row(row)
@@ -335,8 +323,6 @@ def main(args):
         fail("--device cuda: not there; use cpu")
     if args.cuda_graph and args.device != "cuda":
         fail("--cuda-graph: needs --device cuda")
-    if args.quick and not args.out:
-        fail("--quick: needs --out, its numbers mean nothing and would replace measured ones")
     if not any(args.only in name for name, *_ in rows_of(args.table)):
         fail(f"--only {args.only}: the rows are {'; '.join(name for name, *_ in rows_of(args.table))}")
     write(args.out or f"speed_{args.table}", measure_table(args))

@@ -16,7 +16,8 @@ import speed as SPEED
 COLUMNS = ["table", "row", "threads", "blocks", "ms", "ms_low", "ms_high", "per_second", "peer_ms", "ratio",
            "ratio_low", "ratio_high", "same_peer_ms", "same_ratio", "same_ratio_low", "same_ratio_high", "peak_mb",
            "precision", "device", "torch", "machine", "date", "commit"]
-SMALL = {key: value for key, value in SPEED.TINY.items() if not key.startswith("window")}
+SMALL = {"batch_size": 8, "hidden_dim": 8, "model_dim": 8, "model_layers": 2, "rollouts": 20, "buffer_size": 400,
+         "model_buffer_size": 60, "fit_every": 2, "min_first_batches": 2, "min_batches": 2, "max_batches": 2}
 
 
 @pytest.fixture
@@ -24,6 +25,23 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(common, "OUT", tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The rows of a table, with tiny networks, buffers and blocks."""
+    rows_of = SPEED.rows_of
+
+    def tiny_rows(table):
+        for name, own, peer in rows_of(table):
+            small = {key: value for key, value in (SMALL | {"windows": 2}).items()
+                     if hasattr(load_script({"mbpo": "baselines/mbpo"}.get(own.script, own.script)).Args, key)}
+            own.flags = own.flags | small
+            for contestant in filter(None, (own, peer)):
+                contestant.rows, contestant.calls = min(contestant.rows, 300), min(contestant.calls, 2)
+            yield name, own, peer
+
+    monkeypatch.setattr(SPEED, "rows_of", tiny_rows)
 
 
 def counted(monkeypatch, agent, *names):
@@ -137,10 +155,10 @@ def test_blocks_alternate_and_ratios_are_of_neighbours(monkeypatch):
 
 @pytest.mark.parametrize("table, only, peer", [
     ("fit", "", True), ("steps", "beta_vmbpo, 10,000 rows, 3", False), ("latent", "generative", False)])
-def test_tables_in_processes_of_their_own(here, table, only, peer):
+def test_tables_in_processes_of_their_own(here, tiny, table, only, peer):
     """In the precision asked for; without a peer its columns are empty."""
     precision = "high" if table == "steps" else "default"
-    sizes = {"quick": True, "blocks": 2, "updates": 2, "out": "made_up"}
+    sizes = {"blocks": 2, "updates": 2, "out": "made_up"}
     assert SPEED.main(SPEED.Args(table=table, only=only, matmul_precision=precision, **sizes)) == 0
     row, = common.read("made_up")
     assert [*row] == COLUMNS and row["precision"] == {"fit": "medium", "steps": "high", "latent": "highest"}[table]
@@ -163,13 +181,13 @@ def test_every_row_has_flags_that_its_script_accepts():
 
 @pytest.mark.parametrize("flags, named", [
     ({"blocks": 0}, "--blocks"), ({"updates": -1}, "--updates"), ({"device": "cuda"}, "--device cuda"),
-    ({"cuda_graph": True}, "--cuda-graph"), ({"out": ""}, "--quick"), ({"only": "ppo"}, "--only ppo"),
+    ({"cuda_graph": True}, "--cuda-graph"), ({"only": "ppo"}, "--only ppo"),
     ({"out": "a/b"}, "--out a/b"),
 ], ids=str)
 def test_refuses_in_one_line(here, capsys, monkeypatch, flags, named):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        SPEED.main(SPEED.Args(**{"quick": True, "out": "made_up"} | flags))
+        SPEED.main(SPEED.Args(**{"out": "made_up"} | flags))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and named in lines[0] and not [*(here / "results").iterdir()]
 
@@ -177,8 +195,8 @@ def test_refuses_in_one_line(here, capsys, monkeypatch, flags, named):
 def test_a_process_that_fails_ends_the_table(tmp_path):
     """Flags that make no network: one line, code 1, no table."""
     code = (f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import common, speed\n"
-            f"if __name__ == '__main__':\n    speed.TINY['batch_size'] = -1\n    common.OUT = common.Path('.')\n"
-            f"    speed.main(speed.Args(table='fit', quick=True, out='made_up'))")
+            f"if __name__ == '__main__':\n    speed.HUNDRED['batch_size'] = -1\n    common.OUT = common.Path('.')\n"
+            f"    speed.main(speed.Args(table='fit', blocks=1, out='made_up'))")
     (tmp_path / "results").mkdir()
     (tmp_path / "script.py").write_text(code)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
