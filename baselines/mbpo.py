@@ -282,18 +282,17 @@ class Terminator(nn.Module):
         """obs (trials, n, obs_dim), ended (trials, n, 1)."""
         for nodes, x, y in zip(self.nodes, obs.cpu().numpy(), ended.cpu().numpy()):
             tree = DecisionTreeRegressor(max_depth=TREE_DEPTH, random_state=0).fit(x, y).tree_
-            itself, leaf = np.arange(tree.node_count), tree.feature < 0
-            below, above = np.where(leaf, itself, (tree.children_left, tree.children_right))
-            columns = (below, above, tree.feature.clip(min=0), tree.threshold, tree.value[:, 0, 0])
+            columns = (tree.children_left, tree.children_right, tree.feature, tree.threshold, tree.value[:, 0, 0])
             nodes[: tree.node_count] = torch.as_tensor(np.stack(columns, -1))
 
     def forward(self, obs):
         """obs (trials, n, obs_dim) -> (trials, n, 1)."""
         node = torch.zeros_like(obs[..., :1])
-        for _ in range(TREE_DEPTH + 1):  # in a leaf it stays
+        for _ in range(TREE_DEPTH + 1):
             columns = self.nodes.gather(1, node.long().expand(-1, -1, self.nodes.shape[-1]))
             below, above, feature, threshold, share_ended = columns.split(1, -1)
-            node = torch.where(obs.gather(-1, feature.long()) <= threshold, below, above)
+            child = torch.where(obs.gather(-1, feature.long().clamp(min=0)) <= threshold, below, above)
+            node = torch.where(child < 0, node, child)  # a leaf has no children
         return share_ended
 
 
