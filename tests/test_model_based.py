@@ -676,6 +676,20 @@ def test_tree_of_ends_predicts_as_its_library_does(script):
         torch.testing.assert_close(terminator(fresh)[trial, :, 0], expected)
 
 
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_tree_of_ends_keeps_all_of_them_and_their_share(script, monkeypatch):
+    """Of 5,000 rows about 600 count: 10 beyond a sharp bound, and a hundredth of the rest, whatever they are, at random."""
+    monkeypatch.setattr(script, "TREE_ROWS", 500)
+    monkeypatch.setattr(script, "TREE_DEPTH", 2)  # too shallow to single out what is random
+    x = torch.rand(1, 5000, 2)
+    ended = (torch.rand(1, 5000, 1) < 0.02).float()
+    x[:, :10, 0], ended[:, :10] = 3, 1
+    terminator = script.Terminator(1)
+    terminator.fit(x, ended)
+    assert (terminator(x)[:, :10] == 1).all()
+    assert terminator(torch.rand(1, 5000, 2)).mean() == pytest.approx(0.02, abs=0.01)  # of the rows that count, 0.17
+
+
 def ends_above_two(obs, action, next_obs):
     return next_obs[..., 0] > 2
 
