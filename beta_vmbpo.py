@@ -292,7 +292,10 @@ class Dynamics(StackedMLP):
 
 
 class Terminator(nn.Module):
-    """Probability per trial that a state ends its episode, a decision tree: ends are few and their bounds sharp."""
+    """Probability per trial that a state ends its episode: a decision tree, as ends are few and their bounds sharp.
+
+    A node's columns: the children at or below its threshold and above it, feature, threshold, share of ends.
+    """
 
     def __init__(self, trials):
         super().__init__()
@@ -313,10 +316,10 @@ class Terminator(nn.Module):
         node = torch.zeros_like(obs[..., :1])
         for _ in range(TREE_DEPTH + 1):
             columns = self.nodes.gather(1, node.long().expand(-1, -1, self.nodes.shape[-1]))
-            below, above, feature, threshold, share_ended = columns.split(1, -1)
+            below, above, feature, threshold, share = columns.split(1, -1)
             child = torch.where(obs.gather(-1, feature.long().clamp(min=0)) <= threshold, below, above)
             node = torch.where(child < 0, node, child)  # a leaf has no children
-        return share_ended
+        return share
 
 
 class Agent(nn.Module):
