@@ -414,13 +414,16 @@ class Agent(nn.Module):
         return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # eq. (10), (11)
 
     def fit_statistics(self, buffer):
-        """What needs no gradient: means, deviations and ranges of the replayed transitions, and where episodes end."""
+        """Fit what needs no gradient: means, deviations, ranges, ends of episodes; returns metrics, each (trials,)."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
+        new = slice(-self.args.fit_every, None)
+        foreseen = self.termination(obs[:, new], action[:, new], next_obs[:, new])  # by the last fit
         self.inputs.fit(torch.cat([obs, action], -1))
         self.targets.fit(torch.cat([next_obs - obs, reward], -1))
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
         if not self.args.termination_fn:
             self.terminator.fit(next_obs, terminated)
+        return {"model/end_error": (foreseen - terminated[:, new]).abs().mean((-2, -1))}
 
     def start_posterior(self):
         """Let q begin at p, with p's Adam moments."""
@@ -483,7 +486,7 @@ class Agent(nn.Module):
     def fit_model(self, buffer):
         """Fit p_θ, q_φ and the ends of episodes to the replayed transitions; returns metrics, each (trials,)."""
         args, shape = self.args, (self.args.ensemble_size, self.args.trials)
-        self.fit_statistics(buffer)
+        metrics = self.fit_statistics(buffer)
         weights = self.transition_weights(buffer)
         num_train = buffer.rows().shape[1] * (HOLD_OUT_EVERY - 1) // HOLD_OUT_EVERY
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
@@ -511,7 +514,7 @@ class Agent(nn.Module):
                 self.start_posterior()
             step = prior_step if i < start else joint_step
             step()
-        return self.assess(buffer, weights)
+        return metrics | self.assess(buffer, weights)
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):

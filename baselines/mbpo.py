@@ -375,13 +375,16 @@ class Agent(nn.Module):
         return nll.mean((-2, -1)).sum() + bounds.sum()  # eq. (10)
 
     def fit_statistics(self, buffer):
-        """What needs no gradient: means, deviations and ranges of the replayed transitions, and where episodes end."""
+        """Fit what needs no gradient: means, deviations, ranges, ends of episodes; returns metrics, each (trials,)."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
+        new = slice(-self.args.fit_every, None)
+        foreseen = self.termination(obs[:, new], action[:, new], next_obs[:, new])  # by the last fit
         self.inputs.fit(torch.cat([obs, action], -1))
         self.targets.fit(torch.cat([next_obs - obs, reward], -1))
         self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
         if not self.args.termination_fn:
             self.terminator.fit(next_obs, terminated)
+        return {"model/end_error": (foreseen - terminated[:, new]).abs().mean((-2, -1))}
 
     @torch.no_grad()
     def predict(self, obs, action):
@@ -413,7 +416,7 @@ class Agent(nn.Module):
     def fit_model(self, buffer):
         """Fit dynamics and the ends of episodes to the replayed transitions; returns metrics, each (trials,)."""
         args, shape = self.args, (self.args.ensemble_size, self.args.trials)
-        self.fit_statistics(buffer)
+        metrics = self.fit_statistics(buffer)
         num_train = buffer.rows().shape[1] * (HOLD_OUT_EVERY - 1) // HOLD_OUT_EVERY
         bootstrap = torch.randint(num_train, (*shape, num_train), dtype=torch.int32, device=args.device)
         least = args.min_batches if self.opts["models"].state else args.min_first_batches  # no state: the first fit
@@ -432,7 +435,7 @@ class Agent(nn.Module):
         for i in range(batches):
             rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
             step()
-        return self.assess(buffer)
+        return metrics | self.assess(buffer)
 
     @torch.no_grad()
     def imagine(self, buffer, model_buffer, step):

@@ -662,6 +662,18 @@ def test_ends_are_learned_from_few(script):
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
+def test_end_error_is_that_of_the_last_fit_on_the_rows_since(script):
+    """In two trials, of 200 rows at first and 100 more; all of the first live, of the others every fourth, or none, ends."""
+    agent, buffer, _ = build(script, trials=2, fit_every=100)
+    fill(script, buffer, 200)
+    assert agent.fit_statistics(buffer)["model/end_error"].tolist() == [0, 0]
+    fill(script, buffer, 100, seed=1, terminated=lambda s: (torch.arange(100) % 4 == 0).float()[None, :, None])
+    buffer.storage[1, :, sum(buffer.widths[:4])] = 0
+    assert agent.fit_statistics(buffer)["model/end_error"].tolist() == [0.25, 0]
+    assert agent.fit_statistics(buffer)["model/end_error"][0] < 0.2  # now it has seen them
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
 def test_tree_of_ends_predicts_as_its_library_does(script):
     """Ends at random have leaves at every depth, and shares between 0 and 1."""
     x, fresh = torch.randn(2, 500, 3), torch.randn(2, 1000, 3)
