@@ -653,7 +653,7 @@ def test_ends_are_learned_from_few(script):
     fresh = torch.randn(2, 20_000, 17)
     ended = agent.termination(fresh, None, fresh)
     missed, false = (rule(fresh) - ended).relu().sum((1, 2)), (ended - rule(fresh)).relu().sum((1, 2))
-    assert (missed < 0.1 * rule(fresh).sum((1, 2))).all()  # a perceptron misses half of them
+    assert (missed < 0.1 * rule(fresh).sum((1, 2))).all()
     assert (false < 0.2 * rule(fresh).sum((1, 2))).all()
     buffer.storage[1, :, sum(buffer.widths[:4])] = 0
     agent.fit_statistics(buffer)
