@@ -216,7 +216,7 @@ def on_cluster(args):
     try:
         import ray
     except ImportError:
-        fail("--address: the package ray is needed, pip install -r benchmarks/requirements.txt")
+        fail("--address: the package ray is needed, pip install ray==2.60.0")
     ray.init(address=args.address, log_to_driver=False)
     remote = ray.remote(num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries)(train)
 

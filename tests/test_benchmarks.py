@@ -1,7 +1,6 @@
 """What the benchmarks share, and figures.py, errors.py, tasks.py and peers.py, on runs made up here."""
 
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
@@ -314,7 +313,6 @@ def test_spread_over_trials():
     values = np.random.default_rng(0).normal(size=(3, 8)) + np.arange(3)[:, None]
     middle, low, high = FIGURES.spread(values, "mean")
     np.testing.assert_allclose([middle, high - low], [values.mean(1), 2 * values.std(1)])
-    pytest.importorskip("rliable", reason="see benchmarks/requirements.txt")
     middle, low, high = FIGURES.spread(values, "iqm")
     np.testing.assert_allclose(middle, np.sort(values, 1)[:, 2:6].mean(1))
     assert (low < middle).all() and (middle < high).all()
@@ -408,8 +406,6 @@ def test_peers_refuses_in_one_line(here, monkeypatch, capsys, flags, named):
     assert stop.value.code == 2 and len(lines) == 1 and named in lines[0] and not (here / "runs").exists()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("stable_baselines3"),
-                    reason="needs stable-baselines3, see benchmarks/requirements.txt")
 def test_peers_leave_a_run(here, monkeypatch):
     """Evaluated on the seeds of the scripts, where trial i of two episodes each has environments 2 i and 2 i + 1."""
     from stable_baselines3.common import evaluation

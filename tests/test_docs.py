@@ -99,6 +99,7 @@ def test_readme_shows_the_real_diff():
 
 
 def test_readme_test_command_is_that_of_ci():
-    command = "pip install -r requirements.txt -r requirements-optional.txt && python -m pytest"
+    command = "pip install -r requirements.txt -r requirements-optional.txt -r benchmarks/requirements.txt"
+    command += " && python -m pytest"
     assert f"    {command}\n" in (ROOT / "README.md").read_text()
     assert command.replace("install", "install -q") in (ROOT / ".ci/run").read_text()

@@ -1,4 +1,4 @@
-"""benchmarks/grid.py with a made-up script; the two-node test where Ray is installed (benchmarks/requirements.txt)."""
+"""benchmarks/grid.py with a made-up script; the two-node test where Ray is installed."""
 
 import dataclasses
 import fcntl
@@ -301,7 +301,7 @@ def test_a_reader_that_leaves_is_no_error(args, flag):
     assert process.wait(60) == 0
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs ray, see benchmarks/requirements.txt")
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs ray==2.60.0")
 def test_a_node_that_dies_loses_no_more_than_its_last_checkpoint(args):
     """Two nodes on loopback, one is killed while its runs are going on: every run ends whole on the other."""
     from ray.cluster_utils import Cluster

@@ -1,6 +1,5 @@
 """benchmarks/speed.py: contestants do what their rows say, take turns in processes of their own, and tables add up."""
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -120,8 +119,7 @@ def test_the_peers_learn():
     mean, log_var = ensemble(torch.randn(2, 5, 4))
     assert mean.shape == log_var.shape == (2, 5, 4) and (log_var < 0.5).all() and (log_var > -10).all()
     SPEED.mbpo_pytorch(SPEED.Contestant("mbpo_pytorch", rows=50))()
-    if importlib.util.find_spec("stable_baselines3"):
-        SPEED.sb3(SPEED.Contestant("sb3", rows=300))()
+    SPEED.sb3(SPEED.Contestant("sb3", rows=300))()
 
 
 # The measurement
