@@ -23,13 +23,14 @@ Deviations from the paper, each with the flag that goes back where there is one;
     tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
- 5. log β moves in proportion to log(KL/ε): the KL scatters over orders of magnitude. `--dual-step adam`: Adam on (9).
-    ε is 0.001 nats: as q starts at p, all of it is tilt. `--kl-budget 0.1`: Table 1.
- 6. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
- 7. Actor and critic have an entropy bonus with tuned α. `--entropy critic`: Appendix C.1. `--entropy none`: no bonus.
- 8. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
- 9. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
+ 5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
+ 6. Actor and critic have an entropy bonus with tuned α: V'(s') = E[min Q'(s',a') − α log q_ω(a'|s')]. In Appendix C.1
+    β-VMBPO has it in the critic alone (`--entropy critic`, with a fixed α), VMBPO not at all (`--entropy none`).
+ 7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
+ 8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
     fit's minibatches, standardised targets; dynamics with MBPO's rate 1e-3 (not 3e-4), SiLU (not ReLU), weight decay.
+ 9. log β moves in proportion to log(KL/ε): the KL scatters over orders of magnitude. `--dual-step adam`: Adam on (9).
+    ε is 0.001 nats: as q starts at p, all of it is tilt. `--kl-budget 0.1`: Table 1.
 
     python beta_vmbpo.py --env-id Walker2d-v4
     python beta_vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
@@ -65,19 +66,18 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_SHARES = (0, 0.25, 0.5, 1)  # shares of a fit's minibatches
-FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the learning rate there
+FIT_SHARES = (0, 0.25, 0.5, 1)  # points in a fit, as shares of its minibatches
+FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the rate at these points
 POSTERIOR_START = {"two_phase": 0.5, "constant": 0}  # share of a fit that p learns alone
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
-HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row is never trained on; errors are measured on at most so many
+HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
 EXPONENT_MAX = 4.0  # Appendix C.1
-BETA_MIN, BETA_MAX = 1e-2, 1e7  # Appendix C.4
-torch.distributions.Distribution.set_default_validate_args(False)  # it would wait for the device
+BETA_MIN, BETA_MAX = 1e-2, 1e7  # the greatest: Appendix C.4
+torch.distributions.Distribution.set_default_validate_args(False)  # the checks would wait for the device
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
-Seed = Annotated[int, (0, 2**31)]
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
 Number = Annotated[float | None, (-1e9, 1e9)]
@@ -87,7 +87,7 @@ Risk = Annotated[float, (BETA_MIN, math.inf)]
 @dataclasses.dataclass
 class Args:
     env_id: str = "Walker2d-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
-    seed: Seed = 1  # trial i uses environment seed + i
+    seed: Annotated[int, (0, 2**31)] = 1  # trial i uses environment seed + i
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     matmul_precision: Literal["highest", "high", "medium"] = "medium"  # medium: actor and critics in bfloat16
@@ -133,12 +133,12 @@ class Args:
     rollouts: Count = 100_000  # states from which transitions are imagined at a time
     imagine_every: Count = 250  # environment steps between these times
     horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
-    horizon_from: Count = 1  # environment step at which they begin to grow from 1
+    horizon_from: Count = 1  # environment step at which roll-outs begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: a tree learns it
     beta: Risk = 100.0  # risk parameter at the start, in units of reward: small is optimistic, ∞ neutral
     kl_estimator: Literal["mixture", "members"] = "mixture"  # KL of moment-matched ensembles, or mean over members
-    log_ratio_in_critic: bool = False  # subtract β log q/p from imagined rewards, and so from the target in (12)
+    log_ratio_in_critic: bool = False  # subtract β log q/p, by the β of then, from imagined rewards, for (12)
     kl_budget: Positive = 0.001  # ε: nats per transition by which q may differ from p
     beta_lr: Positive = 0.003  # step of log β per environment step, at most; above 4 / --fit-every β swings
     dual_step: Literal["log", "adam"] = "log"  # how β descends (9): in proportion to log(KL/ε), or by Adam
@@ -147,17 +147,14 @@ class Args:
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
         if self.num_elites > self.ensemble_size:
             yield "num_elites", "must be at most --ensemble-size"
-        if self.rollouts > self.model_buffer_size:
-            yield "rollouts", "must be at most --model-buffer-size"
+        if self.rollouts * self.horizon > self.model_buffer_size:
+            yield "rollouts", "times --horizon must be at most --model-buffer-size"
         if self.horizon_until < self.horizon_from:
             yield "horizon_until", "must be at least --horizon-from"
         if self.horizon_until != Args.horizon_until and self.horizon == 1:
             yield "horizon_until", "has no effect with --horizon 1"
-        if self.target_entropy is not None and self.entropy == "none":
-            yield "target_entropy", "has no effect with --entropy none"
-        with refusing(f"--termination-fn {self.termination_fn}"):
-            if self.termination_fn and not callable(pkgutil.resolve_name(self.termination_fn)):
-                raise TypeError("not a function")
+        if self.target_entropy is not None and self.entropy != "both":
+            yield "target_entropy", "has no effect without --entropy both"
 
     def floats(self, obs_dim, action_dim):
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
@@ -294,12 +291,12 @@ class Dynamics(StackedMLP):
 class Terminator(nn.Module):
     """Probability per trial that a state ends its episode: a decision tree, as ends are few and their bounds sharp.
 
-    A node's columns: the children at or below its threshold and above it, feature, threshold, share of ends.
+    A node's columns: the next node if feature ≤ threshold, the next node otherwise, feature, threshold, share of ends.
     """
 
     def __init__(self, trials):
         super().__init__()
-        self.register_buffer("nodes", torch.zeros(trials, 2 ** (TREE_DEPTH + 1), 5))  # (trials, node, column)
+        self.register_buffer("nodes", torch.zeros(trials, 2 ** (TREE_DEPTH + 1), 5).double())  # (trials, node, column)
 
     def fit(self, obs, ended):
         """obs (trials, n, obs_dim), ended (trials, n, 1)."""
@@ -319,7 +316,7 @@ class Terminator(nn.Module):
             below, above, feature, threshold, share = columns.split(1, -1)
             child = torch.where(obs.gather(-1, feature.long().clamp(min=0)) <= threshold, below, above)
             node = torch.where(child < 0, node, child)  # a leaf has no children
-        return share
+        return share.to(obs.dtype)
 
 
 class Agent(nn.Module):
@@ -333,7 +330,8 @@ class Agent(nn.Module):
         self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
         self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
         self.critic_target.load_state_dict(self.critic.state_dict())
-        self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
+        log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # fixed, as in mbpo_pytorch
+        self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
 
         ensemble, model_dims = (args.ensemble_size, trials), (args.model_dim,) * args.model_layers
@@ -355,6 +353,9 @@ class Agent(nn.Module):
             "beta": torch.optim.Adam([self.log_beta], args.beta_lr, **adam),
         }
         self.learn = captured(self.learn, args)  # with --cuda-graph
+        with refusing(f"--termination-fn {args.termination_fn}"):  # tried once, before any work
+            obs = torch.zeros(trials, 2, obs_dim, device=args.device)
+            self.termination(obs, obs.new_zeros(trials, 2, action_dim), obs)
 
     @property
     def beta(self):
@@ -380,7 +381,7 @@ class Agent(nn.Module):
         return self.terminator(next_obs)
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of normalised (Δobs, reward), of all or indexed members: (ensemble, trials, n, out)."""
+        """Mean and log-variance of normalised (Δobs, reward), of all or chosen members: (ensemble, trials, n, out)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -400,7 +401,7 @@ class Agent(nn.Module):
             q = self.critic(torch.cat([obs, action], -1)).amin(0)
             deltas.append(reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q)
         weights = (torch.cat(deltas, 1) / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp()  # eq. (11)
-        return weights * (weights.shape[1] / weights.sum(1, keepdim=True))
+        return weights / weights.mean(1, keepdim=True)
 
     def model_loss(self, model, batch, weights=1.0):
         """Gaussian loss of one minibatch per member (ensemble, trials, n, ·), each row by its weight; summed."""
@@ -416,7 +417,7 @@ class Agent(nn.Module):
     def fit_statistics(self, buffer):
         """Fit what needs no gradient: means, deviations, ranges, ends of episodes; returns metrics, each (trials,)."""
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
-        new = slice(-self.args.fit_every, None)
+        new = torch.arange(int(buffer.added))[-self.args.fit_every :] % obs.shape[1]  # the ring may be full
         foreseen = self.termination(obs[:, new], action[:, new], next_obs[:, new])  # by the last fit
         self.inputs.fit(torch.cat([obs, action], -1))
         self.targets.fit(torch.cat([next_obs - obs, reward], -1))
@@ -474,7 +475,7 @@ class Agent(nn.Module):
         prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
         posterior_error = (self.moments(self.posterior_model, obs, action)[0] - target).square().mean((-2, -1))
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
-        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)  # any rows
+        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)  # held out or not
         self.kl.copy_(self.divergence(obs))
         imagined_obs, _, imagined_end = self.predict(obs, action)
         gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
@@ -498,7 +499,7 @@ class Agent(nn.Module):
 
         def minibatch(joint):
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
-            index += index // (HOLD_OUT_EVERY - 1) + 1  # step over rows 0, 5, 10, ..., which are held out
+            index += index // (HOLD_OUT_EVERY - 1) + 1  # of all rows: step over 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
             loss = self.model_loss(self.model, batch)
             if joint:  # else q has no gradient, and Adam leaves it as it is
@@ -537,10 +538,11 @@ class Agent(nn.Module):
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         policy_action, log_prob = self.actor.sample(obs)
         policy_q = self.critic(torch.cat([obs, policy_action], -1)).amin(0)
-        alpha = self.log_alpha.exp()
-        actor_loss = alpha.detach() * log_prob - policy_q if self.args.entropy == "both" else -policy_q  # eq. (13)
-        alpha_loss = -alpha * (log_prob.detach() + self.target_entropy)
-        self.descend("actor", (actor_loss + alpha_loss).mean((-2, -1)).sum())
+        actor_loss = -policy_q  # eq. (13)
+        if self.args.entropy == "both":  # α is tuned by what the actor feels of it
+            alpha = self.log_alpha.exp()
+            actor_loss = actor_loss + alpha.detach() * log_prob - alpha * (log_prob.detach() + self.target_entropy)
+        self.descend("actor", actor_loss.mean((-2, -1)).sum())
         with torch.no_grad():
             torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return q.detach(), target, log_prob.detach()
@@ -561,10 +563,10 @@ class Agent(nn.Module):
         """Dual descent on log β: it rises, towards p, while the last fit's KL > ε, and falls while it is below."""
         kl, budget = self.kl.view(-1, 1, 1), self.args.kl_budget
         if self.args.dual_step == "adam":
-            self.log_beta.grad = self.beta * (budget - kl)  # eq. (9)
+            self.log_beta.grad = self.beta * (budget - kl)  # eq. (9), with respect to log β
             self.opts["beta"].step()
         else:
-            self.log_beta += self.args.beta_lr * ((kl / budget).clamp(min=1e-12).log() / 4).clamp(-1, 1)  # deviation 5
+            self.log_beta += self.args.beta_lr * ((kl / budget).clamp(min=1e-12).log() / 4).clamp(-1, 1)  # deviation 9
         self.log_beta.clamp_(math.log(BETA_MIN), math.log(BETA_MAX))
 
 
@@ -892,9 +894,9 @@ def parse_args(argv=None):
             importlib.import_module("tensordict")
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)
+        envs.reset(seed=args.seed)
         if args.capture_video:
             importlib.import_module("moviepy")
-            envs.reset(seed=args.seed)
             _, _, _ = envs.render()[0].shape  # a picture has three axes
         need = 4e-9 * args.floats(gym.spaces.flatdim(envs.single_observation_space), envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -61,7 +61,6 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
-Seed = Annotated[int, (0, 2**31)]
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
 Number = Annotated[float | None, (-1e9, 1e9)]
@@ -70,7 +69,7 @@ Number = Annotated[float | None, (-1e9, 1e9)]
 @dataclasses.dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"  # gymnasium task with Box actions; module:EnvId: your own; dm_control/walker-walk-v0
-    seed: Seed = 1  # trial i uses environment seed + i
+    seed: Annotated[int, (0, 2**31)] = 1  # trial i uses environment seed + i
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
     matmul_precision: Literal["highest", "high", "medium"] = "medium"  # medium: actor and critics in bfloat16
@@ -679,9 +678,9 @@ def parse_args(argv=None):
             importlib.import_module("tensordict")
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)
+        envs.reset(seed=args.seed)
         if args.capture_video:
             importlib.import_module("moviepy")
-            envs.reset(seed=args.seed)
             _, _, _ = envs.render()[0].shape  # a picture has three axes
         need = 4e-9 * args.floats(gym.spaces.flatdim(envs.single_observation_space), envs.single_action_space.shape[0])
     have = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

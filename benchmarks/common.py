@@ -18,7 +18,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OUT = HERE  # where results/ and figures/ are
-sys.path += [str(ROOT), str(ROOT / "baselines")]  # for the scripts, and for --env-id benchmarks.tasks:EnvId
+sys.path += ["", str(ROOT), str(ROOT / "baselines")]  # one's own modules; the scripts, and benchmarks.tasks:EnvId
 
 
 def fail(message, code=2):

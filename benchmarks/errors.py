@@ -12,7 +12,7 @@ import sys
 
 import torch
 import tyro
-from common import at_least, group, labelled, open_run, say, write
+from common import at_least, fail, group, labelled, open_run, say, write
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -59,10 +59,11 @@ def main(args):
     for label, run in labelled(args.runs, args.labels):
         agent, _, buffer, step = open_run(run, script="mbpo")
         script, (*_, next_obs, ended) = sys.modules[type(agent).__module__], buffer.rows().split(buffer.widths, -1)
+        if int(buffer.added) > ended.shape[1]:
+            fail(f"--runs {run}: its buffer is full, and the newest rows have overwritten the oldest")
         held_out = torch.arange(0, ended.shape[1], script.HOLD_OUT_EVERY)
-        newest = held_out[held_out >= ended.shape[1] - args.newest]
-        found = {which: measure(agent, buffer.widths, buffer.rows()[:, index])
-                 for which, index in (("all", held_out), ("newest", newest))}
+        parts = {"all": held_out, "newest": held_out[held_out >= ended.shape[1] - args.newest]}
+        found = {which: measure(agent, buffer.widths, buffer.rows()[:, index]) for which, index in parts.items()}
         if ended[:, : -args.newest].any(1).all() and ended[:, -args.newest :].any(1).all():
             found["newest"] |= ends(script, next_obs, ended, args.newest)
         rows += [{"label": label, "step": step, "rows": which, "trial": trial, "metric": name, "value": value}
@@ -70,7 +71,6 @@ def main(args):
     for (label, which, name), found in group(rows, "label", "rows", "metric").items():
         say(f"{label}, {which} rows: {name} " + ", ".join(f"{row['value']:.3g}" for row in found))
     write(args.out, rows)
-    return 0
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def draw(rows, figure):
             last = [[*error.values()][-1], *again.values()]
             rise = max(b / a for a, b in zip(last, last[1:]))
             mean = statistics.geometric_mean(error.values())
-            spread = statistics.stdev(map(math.log10, scatter.values()))
+            spread = statistics.pstdev(map(math.log10, scatter.values()))
             yield (f"{task}, {rule}: error {mean:.2g}, on the same rows again at most times {rise:.2f}; KL falls "
                    f"{kl[10] / kl[100]:.0f} (β 10 to 100) and {kl[30] / kl[300]:.0f} times (30 to 300), "
                    f"log10 ± {spread:.2f}")

@@ -139,6 +139,16 @@ def test_ends_that_are_missed_and_that_are_none():
     assert 80 < missed < 100 and false == pytest.approx(1.5 * (100 - missed))  # of all ten states it thinks the same
 
 
+def test_errors_of_a_full_buffer_are_refused(here, capsys):
+    """Its last rows are not the newest."""
+    load_script("vmbpo").main(("--env-id Pendulum-v1 --total-steps 60 --learning-starts 60 --eval-episodes 1 "
+                               "--max-eval-steps 9 --buffer-size 50 --rollouts 9 --batch-size 8 --max-batches 1 "
+                               "--min-first-batches 1 --device cpu --run-dir run").split())
+    with pytest.raises(SystemExit, match="2"):
+        ERRORS.main(ERRORS.Args(runs=("run",)))
+    assert "--runs run: its buffer is full" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_errors_of_a_run_without_a_model_are_refused(here, capsys):
     script = load_script("sac_iterative")
     script.main(("--env-id Pendulum-v1 --total-steps 20 --learning-starts 20 --eval-episodes 1 --max-eval-steps 9 "
@@ -156,7 +166,7 @@ def test_errors_of_a_run(here, name, capsys):
                  "--eval-episodes 1 --max-eval-steps 9 --hidden-dim 8 --model-dim 8 --rollouts 50 "
                  "--model-buffer-size 100 --batch-size 8 --updates-per-step 1 --min-first-batches 2 --max-batches 2 "
                  "--device cpu --run-dir run").split())
-    assert ERRORS.main(ERRORS.Args(runs=("run",), labels=("A",), out="made_up", newest=20)) == 0
+    ERRORS.main(ERRORS.Args(runs=("run",), labels=("A",), out="made_up", newest=20))
     rows = common.read("made_up")
     assert "A, newest rows: error_p" in capsys.readouterr().out and {row["step"] for row in rows} == {"60"}
     logged = [value for _, _, metric, value in common.metrics_of("run") if metric == "model/prior_error"]

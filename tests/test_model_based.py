@@ -403,7 +403,7 @@ class PlainSAC:
         self.actor = self.plain(agent.actor, 0)
         self.critics = [self.plain(agent.critic, i, 0) for i in (0, 1)]
         self.targets = copy.deepcopy(self.critics)
-        self.log_alpha = torch.zeros((), requires_grad=True)
+        self.log_alpha = torch.tensor(0.0 if agent.args.entropy == "both" else math.log(0.2), requires_grad=True)
         self.critic_opt = torch.optim.Adam([p for net in self.critics for p in net.parameters()], agent.args.learning_rate)
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), agent.args.learning_rate)
         self.alpha_opt = torch.optim.Adam([self.log_alpha], agent.args.learning_rate)
@@ -441,10 +441,11 @@ class PlainSAC:
         self.actor_opt.zero_grad()
         loss.backward()
         self.actor_opt.step()
-        loss = (self.log_alpha.exp() * (-log_prob.detach() - self.entropy_target)).mean()
-        self.alpha_opt.zero_grad()
-        loss.backward()
-        self.alpha_opt.step()
+        if self.args.entropy == "both":  # an α that the actor does not feel would grow for ever
+            loss = (self.log_alpha.exp() * (-log_prob.detach() - self.entropy_target)).mean()
+            self.alpha_opt.zero_grad()
+            loss.backward()
+            self.alpha_opt.step()
         for target_net, net in zip(self.targets, self.critics):
             for old, new in zip(target_net.parameters(), net.parameters()):
                 old.data.copy_((1 - self.args.tau) * old.data + self.args.tau * new.data)
@@ -470,7 +471,8 @@ def test_three_updates_equal_plain_sac(script, flags):
         for layer, linear in zip(mlp.layers, net[::2]):
             torch.testing.assert_close(layer.weight[index].T, linear.weight, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(layer.bias[index][0], linear.bias, atol=2e-5, rtol=1e-4)
-    assert agent.log_alpha.item() == pytest.approx(reference.log_alpha.item(), abs=1e-5) and agent.log_alpha.item() != 0
+    assert agent.log_alpha.item() == pytest.approx(reference.log_alpha.item(), abs=1e-5)
+    assert (agent.log_alpha.item() == pytest.approx(math.log(0.2))) == (agent.args.entropy != "both")
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
@@ -674,6 +676,16 @@ def test_end_error_is_that_of_the_last_fit_on_the_rows_since(script):
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
+def test_end_error_finds_the_newest_rows_of_a_full_buffer(script):
+    """Of a ring of 100 rows, which all live, 20 are overwritten by ends, in its first places."""
+    agent, buffer, _ = build(script, capacity=100, fit_every=20)
+    fill(script, buffer, 100)
+    agent.fit_statistics(buffer)
+    fill(script, buffer, 20, terminated=lambda s: torch.ones(1, 20, 1))
+    assert agent.fit_statistics(buffer)["model/end_error"].tolist() == [1]
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
 def test_tree_of_ends_predicts_as_its_library_does(script):
     """Ends at random have leaves at every depth, and shares between 0 and 1."""
     x, fresh = torch.randn(2, 500, 3), torch.randn(2, 1000, 3)
@@ -686,6 +698,19 @@ def test_tree_of_ends_predicts_as_its_library_does(script):
         expected = torch.as_tensor(tree.predict(fresh[trial]), dtype=torch.float32)
         assert 0.1 < expected.mean() < 0.9 and tree.get_depth() == script.TREE_DEPTH
         torch.testing.assert_close(terminator(fresh)[trial, :, 0], expected)
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_tree_of_ends_tells_neighbouring_floats_apart(script):
+    """A threshold lies between them, where float32 has no number."""
+    x = torch.full((1, 8, 1), 1000.0)
+    for i in range(1, 8):
+        x[0, i] = torch.nextafter(x[0, i - 1], torch.tensor(torch.inf))
+    for first in range(1, 8):
+        ended = (torch.arange(8) >= first).float()[None, :, None]
+        terminator = script.Terminator(1)
+        terminator.fit(x, ended)
+        assert torch.equal(terminator(x), ended)
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)

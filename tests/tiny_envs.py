@@ -163,13 +163,33 @@ class Image(Counter):
 
     observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
 
+    def observe(self):
+        return np.zeros((210, 160, 3), np.uint8)
+
+
+class FailingReset(Counter):
+    """A simulator that does not start."""
+
+    def reset(self, **kwargs):
+        raise ValueError("no simulator")
+
 
 def ends_above(obs, action, next_obs):
     """A rule of termination, for --termination-fn."""
     return next_obs[..., 1] > 2
 
 
+def ends_in_numpy(obs, action, next_obs):
+    """A rule that forgets tensors."""
+    return next_obs[..., 1].numpy() > 2
+
+
+def ends_by_state(next_obs):
+    """A rule that asks for less than it is given."""
+    return next_obs[..., 1] > 2
+
+
 for kind in (Counter, NanObservation, InfFinalObservation, NanResetObservation, NanReward, HugeReward, Signal, Dictionary,
-             NoRenderer, NeedsPackage, NoPicture, Sequence, Unbounded, Integer, Degenerate, Scalar, Image):
+             NoRenderer, NeedsPackage, NoPicture, Sequence, Unbounded, Integer, Degenerate, Scalar, Image, FailingReset):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=7)
 gym.register("Endless-v0", Endless)
