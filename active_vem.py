@@ -21,17 +21,17 @@ The denominator in (8), the marginal term, is what a world model's objective lac
 presses the model to fit the data. With a weight w of the term and an exact q the objective is (1 − w) log p(x_t,r_t|
 z_{t-1},a_{t-1}). What the term is good for is the paper's open question; a sweep over w asks it.
 
-Deviations from the paper, each with the flag that goes back to its letter. docs/active_vem.md has more.
+Deviations from the paper, with the flag, if any, that goes back to its letter. docs/active_vem.md has more.
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
  2. Inference is amortized: q(z) and q(a) are networks, learned on replayed windows. The model's learning rate falls.
  3. q(z) climbs its own terms in (8), not the rewards, or it would believe in good states. It also sees x_t − x_{t-1}.
- 4. γ discounts, rewards are divided by their standard deviation, and the V of a twin critic stands for what lies beyond
-    H steps: tasks are long. `--gamma 1`. `--plan-horizon 0`: the critic alone, all that a discriminative agent has.
+ 4. γ discounts, rewards are divided by their standard deviation, and the V of a twin critic, of rewards and KLs of
+    actions alone, stands for what lies beyond H steps: tasks are long. `--gamma 1`. A discriminative agent has H = 0.
  5. Episodes end. The probability of it is learned from z ~ p, as plans have it: z ~ q has seen the end.
  6. α, the price of a nat in units of scaled reward, is tuned to a budget of KL(q(a)‖p(a)). `--alpha`: fixed.
  7. The information term of (10) is off: where it was tried it made no difference. `--info-weight 1`.
- 8. p(a) is fitted to q(a) with a share ε of uniform actions: else both narrow together and exploration ends.
-    `--prior-mix 0`. `--action-prior uniform` is maximum entropy; p(a) then only rolls out and acts.
+ 8. p(a) is fitted to q(a) with a share ε of uniform actions, or both narrow together (`--prior-mix 0`). On Hopper-v4
+    they do all the same. `--action-prior uniform` is maximum entropy; p(a) then only rolls out and acts.
  9. The discriminative q(z) learns from the critic's error, having no model; at a lower rate, its gradient cut shorter.
 
     python active_vem.py --env-id benchmarks.tasks:DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
@@ -64,15 +64,14 @@ from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_MAX = 10.0  # of z and of atanh(a)
-RATE_HOLD = 1000  # updates after which the model's rate begins to fall, as one over their square root
-POLICY_EVERY = 2  # q(a) and p(a) learn from every other row of an update, to save time
+RATE_HOLD = 1000  # the model's rate falls as one over the root of 1 + updates / this
+POLICY_EVERY = 2  # q(a) and p(a) learn from every other window of an update, to save time
 UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
 Rows = Annotated[int, (10, 1e9)]
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
-Weight = Annotated[float, (0, 1e9)]
 Chosen = Annotated[float | None, (1e-12, 1e9)]
 
 
@@ -113,7 +112,7 @@ class Args:
     model_dim: Count = 64  # width of the dynamics' hidden layers
     model_learning_rate: Chosen = None  # Adam's, of the dynamics; default: 3e-3, discriminative 1e-3
     max_grad_norm: Chosen = None  # length that the model's gradient is cut to; default: 10, discriminative 0.3
-    marginal_weight: Weight = 0.0  # w: weight of the marginal term of (8)
+    marginal_weight: Fraction = 0.0  # w: weight of the marginal term of (8); above 1 bad predictions would pay
     marginal_samples: Count = 8  # importance samples K of the marginal term
     plan_horizon: Annotated[int, (0, 1000)] = 3  # imagined steps H of the planned bound (10)
     info_weight: Annotated[float, (-1e9, 1e9)] = 0.0  # w_i: weight of the information term of (10)
@@ -125,7 +124,7 @@ class Args:
 
     def conflicts(self):
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
-        for flag in ("marginal_weight", "marginal_samples", "info_weight", "info_samples"):
+        for flag in ("marginal_weight", "marginal_samples", "plan_horizon", "info_weight", "info_samples"):
             if getattr(self, flag) != getattr(Args, flag) and self.agent != "generative":
                 yield flag, "needs --agent generative, which has a model"
         if self.info_weight and not self.plan_horizon:
@@ -137,7 +136,7 @@ class Args:
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
         rows = (self.buffer_size + self.windows * self.window_length) * (2 * obs_dim + action_dim + self.latent_dim + 3)
         batch = self.windows * (self.window_length + 1) * (1 + self.plan_horizon)
-        samples = 1 + (self.marginal_weight > 0) * self.marginal_samples + (self.info_weight != 0) * self.info_samples
+        samples = 1 + self.marginal_samples + self.info_samples
         policy = 24 * self.hidden_dim * (self.hidden_dim + batch)
         model = 24 * self.model_dim * (self.model_dim + batch * samples)
         return self.trials * (rows + policy + model)
@@ -331,10 +330,12 @@ class Agent(nn.Module):
         self.max_grad_norm = args.max_grad_norm or (10.0 if self.generative else 0.3)  # see deviation 9
         self.initial_rate = args.model_learning_rate or (3e-3 if self.generative else 1e-3)
         self.policy = [*self.actor.parameters()] + ([] if args.alpha else [self.log_alpha])  # what E-steps of q(a) move
-        policies = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
+        others = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
         rate = torch.tensor(self.initial_rate, device=args.device)  # a tensor: it falls within a CUDA graph
-        self.opts = {"policies": torch.optim.Adam(policies, args.learning_rate, fused=True, capturable=True),
+        self.opts = {"policies": torch.optim.Adam(others, args.learning_rate, fused=True, capturable=True),
                      "model": torch.optim.Adam(self.model, rate, fused=True, capturable=True)}
+        keep_rate = lambda opt: opt.param_groups[0].update(lr=rate)  # a checkpoint's lies on the CPU
+        self.opts["model"].register_load_state_dict_post_hook(keep_rate)
         self.learn = captured(self.learn, args)  # with --cuda-graph
 
     # What is inferred online
@@ -498,7 +499,7 @@ class Agent(nn.Module):
         return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
 
     def clip_gradient(self):
-        """Cut the model's gradient, per trial. The critic's stays: a batch in which episodes end counts in full."""
+        """Cut the model's gradient, per trial; not the critic's: its rare large ones are ends of episodes."""
         grads = [parameter.grad for parameter in self.model]
         norms = torch.stack([torch.linalg.vector_norm(grad, dim=(-2, -1)) for grad in grads])
         scale = (self.max_grad_norm / norms.norm(dim=0)).clamp(max=1).view(-1, 1, 1)
@@ -516,7 +517,7 @@ class Agent(nn.Module):
         critic_latent = (latent.detach() if self.generative else latent)[:, :-n]  # see deviation 9
         critic_loss, metrics = self.critic_loss(critic_latent, action, target, weight.flatten(1, 2))
         model_loss, model_metrics = self.model_loss(**window)
-        (critic_loss + model_loss).backward()  # E-step of q(z), M-step of the model
+        (critic_loss + model_loss).backward()  # critic; E-step of q(z), M-step of the model
         acting = window["weight"] * (1 - window["ended"])  # no action follows the end
         some = slice(None, None, POLICY_EVERY)
         policy_loss, prior_loss, policy_metrics = self.policy_losses(latent.detach()[:, some], acting[:, some])
@@ -559,7 +560,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fit_scales(self, buffer):
-        """Mean and standard deviation of what has been seen.
+        """Mean and standard deviation of what has been seen; of changes, only at the first fit.
 
         A later fit changes no output in the task's units: whatever reads or predicts percepts, and whatever counts in
         scaled reward, is rescaled with them. Else it would throw a precise model off by many nats.

@@ -27,6 +27,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
  5. Q is the minimum of twin critics, as in SAC. `--pessimism 0`: their mean.
  6. 10 action samples instead of 200 where there is no GPU. `--action-samples 200`.
  7. Evaluation draws nothing: it acts with tanh μ, and the noise in ∇J̃ is fixed.
+ 8. α is tuned, to a KL from the prior; the paper does not say how. σ of the prior is 1, and λ_0 is the prior.
 
     python sac_iterative.py --env-id HalfCheetah-v4
     python sac_iterative.py --inference direct --prior uniform --action-samples 1    # is SAC
@@ -95,7 +96,7 @@ class Args:
     hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # actor-critic updates per environment step
-    target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)
+    target_entropy: Number = None  # α is tuned to a KL of |A| ln 2 less this many nats; default −(action dimensions)
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     inference: Literal["iterative", "direct"] = "iterative"  # how the policy comes about: K gated updates, or one guess
     inference_iters: Count = 2  # K: iterations of iterative inference
@@ -116,7 +117,8 @@ class Args:
     def floats(self, obs_dim, action_dim):
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
         rows = self.buffer_size + self.updates_per_step * self.batch_size
-        policy = 24 * self.hidden_dim * (self.hidden_dim + self.batch_size * max(self.action_samples, 10))
+        samples = self.action_samples or (10 if self.device == "cpu" else 200)
+        policy = 24 * self.hidden_dim * (self.hidden_dim + self.batch_size * samples)
         return self.trials * (rows * (2 * obs_dim + action_dim + 2) + policy)
 
 
@@ -227,8 +229,9 @@ class Agent(nn.Module):
         self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
-        self.kl_constant = action_dim * math.log(2) if args.prior == "uniform" else 0.0  # which kl() leaves out
-        self.target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+        self.kl_constant = action_dim * math.log(2) if args.prior == "uniform" else 0.0  # kl() leaves it out
+        target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+        self.kl_target = action_dim * math.log(2) - target_entropy  # with a uniform prior this is SAC's rule
         self.iterative = args.inference == "iterative"
         self.iters = args.inference_iters if self.iterative else 1
 
@@ -274,7 +277,7 @@ class Agent(nn.Module):
         action = (mean + log_std.exp() * noise).tanh()  # eq. (13, 14)
         states = obs.unsqueeze(1).expand(-1, action.shape[1], -1, -1)
         twins = critic(torch.cat([states, action], -1).flatten(1, 2))  # (2, trials, samples * n, 1)
-        q = twins.mean(0) - self.args.pessimism / math.sqrt(2) * (twins[0] - twins[1]).abs()  # std(0): no gradient at 0
+        q = twins.mean(0) - self.args.pessimism / math.sqrt(2) * (twins[0] - twins[1]).abs()  # std's gradient: nan at 0
         kl = self.kl(params, noise)
         return q.unflatten(1, action.shape[1:3]).mean(1) - self.log_alpha.exp() * kl, kl  # eq. (16)
 
@@ -288,7 +291,7 @@ class Agent(nn.Module):
         return grad, objective.detach(), kl.detach()
 
     def infer(self, obs, noise=None):
-        """E-step. Lists: λ_0 = prior, ..., λ_K; ∇J̃ at λ_0, ..., λ_{K-1}; J̃ there; the gates of the K updates."""
+        """E-step. Lists: λ_0, ..., λ_K; ∇J̃ at all but λ_K; J̃ there; the gates of the K updates. Direct: of None."""
         trace, grads, objectives, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], [], []
         for _ in range(self.iters):
             params = trace[-1].detach()  # the network learns each update by itself
@@ -309,7 +312,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def value(self, obs):
-        """V'(s) with one action of the inferred policy: (trials, n, 1). Inference climbs the online critics."""
+        """V(s) by the target critics and one action of π: (trials, n, 1). Inference climbs the online critics."""
         trace, *_ = self.infer(obs)
         return self.objective(self.critic_target, obs, trace[-1], self.noise(obs, 1))[0]  # eq. (10)
 
@@ -326,11 +329,12 @@ class Agent(nn.Module):
         noise = self.noise(obs, self.args.action_samples)
         grad, objective, kl = self.gradient(obs, trace[-1], noise)  # at λ_K
         objectives.append(objective)
-        # λ·∇J̃ with ∇J̃ held constant has the gradient of J̃(λ). All but the last ∇J̃ are at hand: they were inputs.
+        # λ_k·∇J̃(λ_k), ∇J̃ constant, has the gradient of J̃(λ_k). infer has all ∇J̃ but that at λ_K: its inputs.
         gain = torch.stack(trace[1:]) * torch.stack([*grads[1:], grad])  # (K, trials, n, 2, action_dim)
         log_prob = kl if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
-        alpha_loss = -self.log_alpha.exp() * (log_prob + self.target_entropy)
-        metrics = {"policy/entropy": -log_prob, "policy/kl": kl + self.kl_constant}
+        kl = kl + self.kl_constant
+        alpha_loss = self.log_alpha.exp() * (self.kl_target - kl)
+        metrics = {"policy/entropy": -log_prob, "policy/kl": kl}
         if self.iterative:
             metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": objectives[1],
                         "policy/gate": torch.stack(gates).detach().mean(0).flatten(-2)}

@@ -160,7 +160,8 @@ class Improvement(Experiment):
     def draw(self, rows, figure):
         titles = {"absolute": "J̃(λ_k) − J̃(λ_0)", "relative": "… in % of |J̃(λ_0)|", "from_first": "J̃(λ_k) − J̃(λ_1)",
                   "return": "evaluation return"}
-        for axis, (name, title) in zip(figure.subplots(1, 4), titles.items()):
+        titles = {name: title for name, title in titles.items() if name in rows[0]}  # older tables have no return
+        for axis, (name, title) in zip(figure.subplots(1, len(titles)), titles.items()):
             shown = [row for row in rows if name != "from_first" or int(row["k"])]
             k, mean, std = line(axis, shown, "k", name, marker=".")
             axis.set(title=title, xlabel=f"iteration k (trained with {rows[0]['trained_iters']})")
@@ -185,13 +186,13 @@ class Gap(Experiment):
     name = "gap"
 
     def env_id(self):
-        words = shlex.split(self.flags)
+        given = [word.split("=")[0].replace("_", "-") for word in shlex.split(self.flags)]
         for own in ("--inference", "--total-steps", "--run-dir", "--resume", "--evaluate"):
-            if own in self.flags.replace("_", "-"):
+            if own in given:
                 fail(f"--flags: {own} is not for the script alone; the experiment sets it")
         if not self.modes or self.run_dir and Path(self.run_dir).exists():
             fail(f"--run-dir {self.run_dir}: exists already" if self.modes else "--modes: name at least one")
-        saved = SAC.parse_args(["--total-steps", str(self.total_steps), *words])
+        saved = SAC.parse_args(["--total-steps", str(self.total_steps), *shlex.split(self.flags)])
         if self.total_steps < self.pieces * saved.learning_starts:
             fail(f"--pieces {self.pieces}: a piece must not be shorter than --learning-starts {saved.learning_starts}")
         self.run_dir = self.run_dir or saved.run_dir

@@ -89,7 +89,6 @@ def main(args):
         file.write("step,trial,metric,value\n")
         for trial in range(args.trials):
             train(args, trial, file)
-    return 0
 
 
 if __name__ == "__main__":

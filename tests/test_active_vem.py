@@ -869,12 +869,22 @@ def test_double_integrator_has_the_known_returns():
     ("--agent discriminative --marginal-weight 1", ("--marginal-weight", "generative")),
     ("--alpha 1 --kl-target 1", ("--kl-target",)), ("--info-weight 1 --plan-horizon 0", ("--info-weight", "no effect")),
     ("--agent discriminative --info-samples 2", ("--info-samples", "generative")),
+    ("--agent discriminative --plan-horizon 5", ("--plan-horizon", "generative")),
+    ("--marginal-weight 1.5", ("--marginal-weight 1.5", "to 1")),
 ])
 def test_refused(flags, parts, capsys):
     with pytest.raises(SystemExit) as stop:
         VEM.parse_args(flags.split())
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and all(part in line for part in parts), line
+
+
+def test_a_checkpoint_leaves_the_rate_where_it_is():
+    """In a CUDA graph the model's rate is a tensor on the device; a checkpoint's is read to the CPU."""
+    agent = build()
+    rate = agent.opts["model"].param_groups[0]["lr"]
+    agent.opts["model"].load_state_dict(build().opts["model"].state_dict())
+    assert agent.opts["model"].param_groups[0]["lr"] is rate
 
 
 # --- whole runs

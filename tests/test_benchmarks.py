@@ -425,7 +425,7 @@ def test_peers_leave_a_run(here, monkeypatch):
                         lambda model, envs, count: seeds.append(envs._seeds) or evaluate(model, envs, count))
     args = PEERS.Args(env_id="Pendulum-v1", trials=2, total_steps=60, learning_starts=40, eval_every=30,
                       eval_episodes=2, run_dir="run")
-    assert PEERS.main(args) == 0
+    PEERS.main(args)
     rows = [row for row in common.metrics_of("run") if row[2] == "eval/return"]
     assert [row[:2] for row in rows] == [(30, 0), (60, 0), (30, 1), (60, 1)] and len({row[3] for row in rows}) == 4
     assert seeds == [[10_001, 10_002]] * 2 + [[10_003, 10_004]] * 2

@@ -408,7 +408,7 @@ def test_critic_target_takes_the_inferred_action(prior, monkeypatch):
 
 @priors
 def test_alpha_meets_its_target(prior, monkeypatch):
-    """∂/∂log α = α (entropy − target)."""
+    """∂/∂log α = α (target − KL), with the KL at which an entropy of −ACT lies under a uniform prior."""
     agent, obs = build(prior=prior), states()
     drawn = fix_noise(agent, monkeypatch)
     loss, metrics = agent.actor_loss(obs)
@@ -421,7 +421,7 @@ def test_alpha_meets_its_target(prior, monkeypatch):
     kl = ACT * math.log(2) - entropy
     if prior == "gaussian":
         kl = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum(-1).mean()
-    expected = agent.log_alpha.exp() * (entropy + ACT)
+    expected = agent.log_alpha.exp() * (ACT * math.log(2) + ACT - kl)
     torch.testing.assert_close(agent.log_alpha.grad, expected.detach())
     torch.testing.assert_close(metrics["policy/entropy"].mean(), entropy)
     torch.testing.assert_close(metrics["policy/kl"].mean(), kl)
