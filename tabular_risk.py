@@ -55,7 +55,7 @@ Mdp = namedtuple("Mdp", "successor probability reward start hazard gamma")
 
 # ---------------------------------------------------------------- exact solvers
 # Values are in reward units: β times those of eq. (5) and (15), as in Appendix C.3. So the greedy action is an argmax
-# for either sign of β. `beta` is a number or an array (...), whose shape stands in front of every result.
+# for either sign of β. At small |β|, on the cliff from -3.2 to 2, rounding hides which. `beta` is a number or an array.
 def twist(value, prob, beta, axis=-1):
     """Exponential twisting of `prob` by `value`, both (..., K), along `axis`; `beta`, of either sign, broadcasts.
 
@@ -66,9 +66,9 @@ def twist(value, prob, beta, axis=-1):
     top = np.where(prob > 0, exponent, -np.inf).max(axis, keepdims=True)
     gap = np.minimum(exponent - top, 0)
     change = prob * np.expm1(gap)  # p exp(gap) is p + change; at large β the change alone keeps its digits
-    total = change.sum(axis, keepdims=True)
-    posterior = (prob + change) / (1 + total)
-    log_mean = np.log1p(total)
+    excess = change.sum(axis, keepdims=True)
+    posterior = (prob + change) / (1 + excess)
+    log_mean = np.log1p(excess)
     kl = ((posterior * gap).sum(axis, keepdims=True) - log_mean).clip(min=0)
     neutral = np.isinf(beta)
     finite_beta = np.where(neutral, 0, beta)  # ∞ · 0 is not a number
@@ -144,10 +144,11 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
     """Runs "q-learning", "vmbpo", "beta-vmbpo" or "mnm"; `beta`, its start in β-VMBPO, may be one number per trial.
 
     In every step an actor acts in the real world; the model-based methods count what follows, and take one step from
-    the same state in their imagination, with the posterior of the counted model. Returns arrays: "episode"
-    (evals + 1,); of the greedy policy in the real world "return" and "falls"; "beta"; and "kl", the mean over imagined
-    steps that eq. (9) sees, all (evals + 1, trials); and "q" (trials, S, A). MnM raises ValueError at a reward ≤ 0.
+    the same state in their imagination, with the posterior of the counted model. Returns arrays: "episode" (n,),
+    n at most evals + 1; of the greedy policy in the real world "return" and "falls"; "beta"; and "kl", the mean over
+    imagined steps that eq. (9) sees, all (n, trials); and "q" (trials, S, A). MnM raises ValueError at a reward ≤ 0.
     """
+    need(method in LOOK, f"no method {method}: there are {', '.join(LOOK)}")
     states, choices, places = mdp.successor.shape
     rows, pairs, walkers = trials * states, trials * states * choices, trials * actors
     first_row = np.repeat(np.arange(trials) * states, actors)  # of each walker's trial
@@ -158,7 +159,7 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
     reward = mdp.reward.ravel()
     if method == "mnm":
         need((reward > 0).all(), "MnM takes the logarithm of the reward: it must be positive")
-        reward = (1 - mdp.gamma) * np.log(reward)
+        reward = (1 - mdp.gamma) * np.log(reward)  # as MnM's authors have it
     q_value = np.full((choices, rows), q_init, float)
     flat_q = q_value.reshape(-1)  # the same memory
     table = q_value.reshape(choices, trials, states).transpose(1, 2, 0)  # the same memory as (trials, S, A)
@@ -179,8 +180,7 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
         for luck, wind in rng.random((HORIZON, 2, worlds, walkers), dtype=np.float32):
             # act: luck decides what is done in each world, wind[0] what follows in the real one; wind[1] is not used
             row = first_row + state
-            best = q_value.take(row, axis=1)
-            best_choice = (best == best.max(0)).argmax(0)
+            best_choice = q_value.take(row, axis=1).argmax(0)
             any_choice = (luck * (choices / explore)).astype(int).clip(max=choices - 1)
             choice = np.where(luck < explore, any_choice, best_choice)
             pair = state * choices + choice

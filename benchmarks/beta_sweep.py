@@ -30,7 +30,7 @@ class Args:
 def measure(args):
     """Rows kind, budget, beta, return, falls, kl; an exact one per β, a learned one per budget and trial."""
     mdp = TABULAR.load_mdp(args.mdp) if args.mdp else TABULAR.grid_world(cliff=True)
-    size = np.geomspace(0.1, 1e4, 61)
+    size = np.geomspace(3.2, 1e4, 61)  # below, choices on the cliff lie closer than doubles hold
     for beta in (-size, size):
         q_value = TABULAR.soft_value_iteration(mdp, beta)
         _, _, kl = TABULAR.posterior_dynamics(mdp, q_value.max(-1), beta)
