@@ -219,7 +219,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these tensors are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: hidden layers are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -336,7 +336,7 @@ class Agent(nn.Module):
                      "model": torch.optim.Adam(self.model, rate, fused=True, capturable=True)}
         keep_rate = lambda opt: opt.param_groups[0].update(lr=rate)  # a checkpoint's lies on the CPU
         self.opts["model"].register_load_state_dict_post_hook(keep_rate)
-        self.learn = captured(self.learn, args)  # with --cuda-graph
+        self.learn = captured(self.learn, args)  # a CUDA graph with --cuda-graph
 
     # What is inferred online
 

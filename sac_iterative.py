@@ -129,7 +129,7 @@ class ReplayBuffer:
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
         self.added = torch.zeros((), dtype=torch.long, device=device)
-        self.trial = torch.arange(trials, device=device)[:, None]
+        self.trial = torch.arange(trials, device=device)[:, None]  # a trial reads its own rows
 
     def rows(self):
         """All rows there are: (trials, count, row)."""
@@ -177,7 +177,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these tensors are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: hidden layers are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -249,7 +249,7 @@ class Agent(nn.Module):
             "actor": torch.optim.Adam([*self.actor.parameters(), self.log_alpha], args.learning_rate, **adam),
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
         }
-        self.learn = captured(self.learn, args)  # with --cuda-graph
+        self.learn = captured(self.learn, args)  # a CUDA graph with --cuda-graph
 
     def noise(self, obs, samples):
         """Standard normal (trials, samples, n, action_dim) for the states (trials, n, obs_dim)."""

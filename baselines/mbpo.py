@@ -150,7 +150,7 @@ class ReplayBuffer:
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
         self.added = torch.zeros((), dtype=torch.long, device=device)
-        self.trial = torch.arange(trials, device=device)[:, None]
+        self.trial = torch.arange(trials, device=device)[:, None]  # a trial reads its own rows
 
     def rows(self):
         """All rows there are: (trials, count, row)."""
@@ -198,7 +198,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: these tensors are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: hidden layers are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype = activation, dtype
@@ -327,7 +327,7 @@ class Agent(nn.Module):
             "critic": torch.optim.Adam(self.critic.parameters(), args.learning_rate, **adam),
             "models": torch.optim.Adam(self.model.groups(), args.model_learning_rate, FIT_BETAS[args.fit_rule], **adam),
         }
-        self.learn = captured(self.learn, args)  # with --cuda-graph
+        self.learn = captured(self.learn, args)  # a CUDA graph with --cuda-graph
         with refusing(f"--termination-fn {args.termination_fn}"):  # tried once, before any work
             obs = torch.zeros(trials, 2, obs_dim, device=args.device)
             self.termination(obs, obs.new_zeros(trials, 2, action_dim), obs)
@@ -371,8 +371,8 @@ class Agent(nn.Module):
         nll = (target - mean).square() * (-log_var).exp() + log_var
         if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
             nll = nll * (self.args.variance_weight * log_var.detach()).exp()
-        bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)
-        return nll.mean((-2, -1)).sum() + bounds.sum()  # eq. (10)
+        bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)  # draws them together
+        return nll.mean((-2, -1)).sum() + bounds.sum()  # twice eq. (10), but for constants
 
     def fit_statistics(self, buffer):
         """Fit what needs no gradient: means, deviations, ranges, ends of episodes; returns metrics, each (trials,)."""
