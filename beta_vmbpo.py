@@ -26,7 +26,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  6. Actor and critic have an entropy bonus with tuned α: V'(s') = E[min Q'(s',a') − α log q_ω(a'|s')]. In Appendix C.1
     β-VMBPO has it in the critic alone (`--entropy critic`, with a fixed α), VMBPO not at all (`--entropy none`).
- 7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) has no gradient.
+ 7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) is but noise.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
     fit's minibatches, standardised targets; dynamics with MBPO's rate 1e-3 (not 3e-4), SiLU (not ReLU), weight decay.
  9. log β moves in proportion to log(KL/ε): the KL scatters over orders of magnitude. `--dual-step adam`: Adam on (9).
@@ -132,7 +132,7 @@ class Args:
     max_batches: Count = 800  # most minibatches of a fit: beyond 51,000 rows it makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined at a time
     imagine_every: Count = 250  # environment steps between these times
-    horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
+    horizon: Count = 1  # imagined steps per roll-out; above 1 they follow the policy away from replayed states
     horizon_from: Count = 1  # environment step at which roll-outs begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: a tree learns it
@@ -457,12 +457,12 @@ class Agent(nn.Module):
             prior = Normal(prior_mean, (0.5 * prior_log_var).exp())
             posterior = Normal(posterior_mean, (0.5 * posterior_log_var).exp())
             sample = posterior.sample()
-            next_obs = (o + self.targets.inverse(sample)[..., : self.obs_dim]).clamp(*self.state_range)
+            next_obs = o + self.targets.inverse(sample)[..., : self.obs_dim]
             reward = self.targets.inverse(prior.sample())[..., self.obs_dim :]
             if self.args.log_ratio_in_critic:
                 log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
                 reward = reward - self.beta * log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)  # eq. (12)
-            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
+            columns.append((next_obs.clamp(*self.state_range), reward, self.termination(o, a, next_obs)))
         return [torch.cat(column, 1) for column in zip(*columns)]
 
     @torch.no_grad()

@@ -117,7 +117,7 @@ class Args:
     max_batches: Count = 800  # most minibatches of a fit: beyond 51,000 rows it makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined at a time
     imagine_every: Count = 250  # environment steps between these times
-    horizon: Count = 1  # imagined steps per roll-out; above 1 they see where the policy goes beyond the data
+    horizon: Count = 1  # imagined steps per roll-out; above 1 they follow the policy away from replayed states
     horizon_from: Count = 1  # environment step at which roll-outs begin to grow from 1
     horizon_until: Count = 1  # environment step at which they have grown, linearly, to --horizon
     termination_fn: str = ""  # module:function(obs, action, next_obs) -> ended or not; default: a tree learns it
@@ -394,9 +394,9 @@ class Agent(nn.Module):
             members = (elite, range(len(o)))  # each trial's own
             mean, log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
             sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
-            next_obs = (o + sample[..., : self.obs_dim]).clamp(*self.state_range)
+            next_obs = o + sample[..., : self.obs_dim]
             reward = sample[..., self.obs_dim :]
-            columns.append((next_obs, reward, self.termination(o, a, next_obs)))
+            columns.append((next_obs.clamp(*self.state_range), reward, self.termination(o, a, next_obs)))
         return [torch.cat(column, 1) for column in zip(*columns)]
 
     @torch.no_grad()

@@ -739,6 +739,9 @@ def test_known_termination_replaces_the_learned_one(script):
     agent.imagine(buffer, model_buffer, 0)
     columns = model_buffer.storage[:, :100].split(buffer.widths, -1)
     assert torch.equal(columns[4], (columns[3][..., :1] > 2).float())
+    agent.state_range[1, ..., 0] = 1  # had the data ended there, the rule would see beyond
+    next_obs, _, ended = agent.predict(*buffer.rows()[..., :5].split((3, 2), -1))
+    assert next_obs[..., 0].max() <= 1 and ended.any()
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
