@@ -657,6 +657,8 @@ class Run:
 
 def set_precision(args):
     """At medium float32 products stay exact. PyTorch's own medium is exact without AMX, and faster than its highest."""
+    if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     rounds = args.device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
     precision = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
     torch.set_float32_matmul_precision(precision)
@@ -793,8 +795,6 @@ def parse_args(argv=None):
         fail("--capture-video: needs --evaluate RUN_DIR")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
-        args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device).item()
         if args.cuda_graph:

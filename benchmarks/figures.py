@@ -63,11 +63,13 @@ def runs_of(args):
     pairs = labelled(args.runs, args.labels) if args.runs or not args.experiment else []
     if args.experiment:
         runs = grid.runs_of(grid.Args(args.experiment, runs_dir=args.runs_dir))
-        pairs += [(run.label, run.dir) for run in runs if (run.dir / "metrics.csv").is_file()]
+        runs = [run for run in runs if (run.dir / "metrics.csv").is_file()]
+        if len({(run.dir.parent.name, run.dir.name) for run in runs}) < len(runs):
+            fail(f"--experiment {args.experiment}: two of its parts have runs of one label; draw them one by one")
+        pairs += [(run.label, run.dir) for run in runs]
         if not pairs:
             fail(f"--runs-dir {args.runs_dir}: no run of {args.experiment} there")
-    missing = [str(run) for _, run in pairs if not (Path(run) / "metrics.csv").is_file()]
-    if missing:
+    if missing := [str(run) for _, run in pairs if not (Path(run) / "metrics.csv").is_file()]:
         fail(f"--runs {' '.join(missing)}: no metrics.csv there")
     return pairs
 
@@ -78,7 +80,8 @@ def collect(args):
     for label, run in runs_of(args):
         task = args.task or grid.load_json(Path(run) / "args.json").get("env_id", "")
         curves = group([row for row in metrics_of(run) if row[2] in args.metrics], 2)
-        for metric, rows in curves.items():
+        for metric in filter(curves.get, args.metrics):
+            rows = curves[metric]
             steps = sorted({step for step, *_ in rows})
             keep = {*steps[:: max(1, len(steps) // 100)], steps[-1]}
             for step, trial, _, value in rows:

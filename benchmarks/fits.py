@@ -1,12 +1,10 @@
 """Which rule for refitting the dynamics is exact, never breaks, and leaves a KL(q‖p) that is the tilt alone.
 
     python benchmarks/fits.py                       # records, refits, writes results/fits.csv, draws figures/fits.png
-    python benchmarks/fits.py --tasks InvertedPendulum-v4 toy --refits 10
 
-Each task is recorded once: random actions, then the last 5,000 steps of a soft actor-critic (`beta_vmbpo.py
---real-ratio 1`), so that the data shift. The toy is smooth and without noise. The dynamics of `beta_vmbpo.py` are then
-refitted as 250 rows at a time are added, by its own `fit_model` under each rule. Three fits follow on the same rows.
-Then the last one is made again for every β, with the recorded critic, and seven times at β = 10 with other minibatches.
+Each task is recorded once: random actions, then the last 5,000 steps of a soft actor-critic, so that the data shift. The
+dynamics are refitted as 250 rows at a time are added, by `fit_model` of `beta_vmbpo.py` under each rule, then thrice on
+the same rows. The last fit is made again for every β, and seven times at β = 10 with other minibatches.
 """
 
 import copy
@@ -50,12 +48,14 @@ class Args:
 
 def record(task, args):
     """Rows (1, n, row): those of random actions, then the trained agent's last 5,000; the run they are from."""
-    run, flags = Path(args.runs_dir, task), RECORDINGS[task]
-    if not (run / "checkpoint.pt").exists():
-        flags = flags | {"env_id": task, "seed": args.seed, "run_dir": run, "rollouts": 100, "real_ratio": 1.0,
+    run, flags = Path(args.runs_dir, f"{task}_s{args.seed}"), RECORDINGS[task]
+    if not run.exists():
+        part = run.with_suffix(f".{time.time():.0f}")  # what is cut short stays beside it
+        flags = flags | {"env_id": task, "seed": args.seed, "run_dir": part, "rollouts": 100, "real_ratio": 1.0,
                          "fit_every": 10**8, "eval_every": flags["total_steps"]}
         command = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         subprocess.run([sys.executable, ROOT / "beta_vmbpo.py", *command], check=True)
+        part.rename(run)
     rows, starts = open_run(run)[2].rows(), flags.get("learning_starts", 5_000)
     return torch.cat([rows[:, :starts], rows[:, starts:][:, -5_000:]], 1), starts, run
 
@@ -77,7 +77,7 @@ def make(task, args, beta2):
         buffer = script.ReplayBuffer(1, rows.shape[1], 2, 1, "cpu")
     else:
         rows, starts, run = record(task, args)
-        trained, trained_args, *_ = open_run(run)
+        trained, trained_args, *_ = open_run(run, seed=args.seed)  # also of the networks to come
         script, _, _, agent, buffer = build("beta_vmbpo", **vars(trained_args) | {"buffer_size": rows.shape[1]})
         for part in ("actor", "critic", "critic_target"):
             getattr(agent, part).load_state_dict(getattr(trained, part).state_dict())
@@ -106,7 +106,7 @@ def study(task, rule, args):
         buffer.add(rows[:, int(buffer.added) : starts + 250 * min(i, args.refits - 1)])
         if i == args.refits - 1:
             before = copy.deepcopy((agent.state_dict(), agent.opts["models"].state_dict()))
-        value = fit(agent, buffer, 1e7, i, forget)["model/prior_error"]
+        value = fit(agent, buffer, 1e7, 1000 * args.seed + i, forget)["model/prior_error"]
         yield base | {"what": "error" if i < args.refits else "again", "x": i + 1, "value": value,
                         "seconds": time.perf_counter() - began}
     for what, x in [*(("kl", beta) for beta in BETAS), *(("scatter", i) for i in range(7))]:

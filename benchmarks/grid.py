@@ -106,10 +106,8 @@ def locked(run_dir):
     try:
         with open(f"{run_dir}.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except BlockingIOError:
-        return True
+    except OSError as error:  # there is none, or someone has it
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -198,6 +196,8 @@ def attempt(run, threads):
         same = note.get("command", run.command) == run.command and note.get("code") != 2
         if code == 2 and same and run.dir.exists() and at_its_end:  # it had come to its end, of which no note was left
             code = 0
+        if code == 2 and note.get("code") == 0:  # refused, but finished with other flags: that stays known
+            return code
         spent = note.get("seconds", 0) + round(time.time() - before)
         note = {"command": run.command, "code": code, "seconds": spent, "commit": commit(), "node": os.uname().nodename}
         Path(f"{run.dir}.json").write_text(json.dumps(note, indent=2))

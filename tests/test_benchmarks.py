@@ -207,7 +207,7 @@ def test_refits_of_a_study(here, monkeypatch, capsys):
     monkeypatch.setattr(FITS, "fit", fit)
     assert FITS.main(FITS.Args(tasks=("toy",), rules=("two phases, β₂ = 0.99",), refits=4)) == 0
     rows = [1000, 1250, 1500, 1750, 1750, 1750, 1750]
-    assert calls[:7] == [(count, 1e7, i, 10 * i) for i, count in enumerate(rows)]
+    assert calls[:7] == [(count, 1e7, 1000 + i, 10 * i) for i, count in enumerate(rows)]
     assert calls[7:] == [*((1750, beta, 99, 30) for beta in FITS.BETAS), *((1750, 10, i, 30) for i in range(7))]
     table = [(row["what"], float(row["x"]), float(row["value"])) for row in common.read("fits")]
     assert table[:5] == [("error", i + 1, 2.0 ** -(i + 1)) for i in range(4)] + [("again", 5, 2.0**-5)]

@@ -145,7 +145,7 @@ def test_where_a_processor_rounds_float32_at_medium(monkeypatch):
     for amx, device, asked, expected in ((True, "cpu", "medium", "highest"), (False, "cpu", "medium", "medium"),
                                          (False, "cuda", "medium", "highest"), (True, "cuda", "high", "high"),
                                          (True, "cpu", "highest", "highest")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
         script.set_precision(script.Args(device=device, matmul_precision=asked))
         assert torch.get_float32_matmul_precision() == expected
     torch.set_float32_matmul_precision("highest")
