@@ -4,8 +4,7 @@
     python benchmarks/figures.py --name pendulum --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
 
 writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
-experiment's NAME is its own. Runs that share task and label are further trials of one curve, which ends where not all
-of them go on.
+experiment's NAME is its own. Runs of one task and label are trials of one curve, which ends with the shortest.
 """
 
 import dataclasses
@@ -56,6 +55,7 @@ class Args:
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
     from_csv: bool = False  # draw from the committed csv
+    keep: tuple[str, ...] = ()  # labels whose rows stay as the csv has them: their runs are no longer there
 
 
 def runs_of(args):
@@ -194,7 +194,8 @@ def main(args):
     if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
         fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
     args.metrics = args.metrics or (() if args.from_csv else ("eval/return",))
-    rows = read(args.name) if args.from_csv else [*collect(args)]
+    kept = [row for row in read(args.name) if row.get("label") in args.keep] if args.keep else []
+    rows = read(args.name) if args.from_csv else [*kept, *collect(args)]
     logged = {row.get("metric") for row in rows}
     if not logged.intersection(args.metrics or logged):
         fail(f"--metrics {' '.join(args.metrics)}: none of the runs has logged it")

@@ -11,8 +11,7 @@ writes benchmarks/results/speed_TABLE.csv. Each contestant, alone in its process
 …, never two at once. A ratio is that of two neighbouring blocks, per trial; shown are its median, least and most over
 `--blocks` pairs. Peers come at their own defaults, and once more (`same_`) with float32 products as precise as ours.
 A block is `--updates` updates, or a fit of 100 minibatches with all it does beside them, or the environment steps
-from one fit to the next, the fit among them; evaluation and checkpoints are not in it. Stable-Baselines3 takes part
-where it is installed.
+from one fit to the next, the fit among them; evaluation and checkpoints are not in it. Stable-Baselines3 is optional.
 """
 
 import dataclasses

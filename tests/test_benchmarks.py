@@ -255,6 +255,14 @@ def test_figure_and_thinned_csv(here, capsys):
     assert (here / "figures/made_up.png").read_bytes() == picture
 
 
+def test_rows_of_runs_that_are_gone_stay(here):
+    flags = {"name": "made_up", "metrics": ("eval/return",)}
+    assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), labels=("A", "B"), **flags)) == 0
+    before = common.read("made_up")
+    assert FIGURES.main(FIGURES.Args(runs=(str(here / "two"),), labels=("C",), keep=("B",), **flags)) == 0
+    assert common.read("made_up") == [row | {"label": label} for label in "BC" for row in before if row["label"] == "B"]
+
+
 def table_of(metric, steps, *trials):
     return [{"metric": metric, "step": str(step), "value": str(value)}
             for i, step in enumerate(steps) for value in [trial[i] for trial in trials]]
