@@ -111,6 +111,7 @@ class Args:
     tau: Fraction = 0.005  # step of the target critic towards the critic
     batch_size: Count = 256  # rows per update
     hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
+    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 20  # actor-critic updates per environment step
     target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)/2
@@ -214,6 +215,11 @@ class StackedLinear(nn.Module):
         if x.ndim == weight.ndim == 3:  # one operation instead of seven
             return torch.baddbmm(bias, x, weight)
         return (x @ weight).add_(bias)
+
+
+def norm_relu(x):
+    """ReLU of a layer norm."""
+    return F.layer_norm(x, x.shape[-1:]).relu_()
 
 
 class StackedMLP(nn.Module):
@@ -327,8 +333,9 @@ class Agent(nn.Module):
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
         low = torch.bfloat16 if args.matmul_precision == "medium" else None  # not the dynamics: they magnify rounding
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=low)
-        self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
-        self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
+        critic_dims, activation = (obs_dim + action_dim, *hidden, 1), norm_relu if args.critic_norm else torch.relu_
+        self.critic = StackedMLP((2, trials), critic_dims, activation, low)
+        self.critic_target = StackedMLP((2, trials), critic_dims, activation, low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # fixed, as in mbpo_pytorch
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))

@@ -94,6 +94,7 @@ class Args:
     tau: Fraction = 0.005  # step of the target critic towards the critic
     batch_size: Count = 128  # rows per update
     hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
+    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # actor-critic updates per environment step
     target_entropy: Number = None  # α is tuned to a KL of |A| ln 2 less this many nats; default −(action dimensions)
@@ -174,6 +175,11 @@ class StackedLinear(nn.Module):
         return (x @ weight).add_(bias)
 
 
+def norm_relu(x):
+    """ReLU of a layer norm."""
+    return F.layer_norm(x, x.shape[-1:]).relu_()
+
+
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
 
@@ -225,8 +231,9 @@ class Agent(nn.Module):
         self.args, trials, hidden = args, args.trials, (args.hidden_dim, args.hidden_dim)
         low = torch.bfloat16 if args.matmul_precision == "medium" else None
         self.actor = InferenceNetwork(args, obs_dim, action_dim, low)
-        self.critic = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
-        self.critic_target = StackedMLP((2, trials), (obs_dim + action_dim, *hidden, 1), dtype=low)
+        critic_dims, activation = (obs_dim + action_dim, *hidden, 1), norm_relu if args.critic_norm else torch.relu_
+        self.critic = StackedMLP((2, trials), critic_dims, activation, low)
+        self.critic_target = StackedMLP((2, trials), critic_dims, activation, low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.zeros(trials, 1, 1))
         self.kl_constant = action_dim * math.log(2) if args.prior == "uniform" else 0.0  # kl() leaves it out

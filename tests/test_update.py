@@ -63,6 +63,7 @@ def agent_and_buffers(name, **flags):
 
 VARIANTS = [*((name, {}) for name in SCRIPTS), ("sac_iterative", {"inference": "direct", "prior": "uniform"}),
             ("sac_iterative", {"input_norm": "layer"}), ("beta_vmbpo", {"log_ratio_in_critic": True}),
+            ("beta_vmbpo", {"critic_norm": True}), ("sac_iterative", {"critic_norm": True}),
             ("active_vem", {"agent": "discriminative"}), ("active_vem", {"marginal_weight": 0.5, "info_weight": 0.1})]
 
 
@@ -117,6 +118,28 @@ def test_a_stack_with_bfloat16_inside():
     for one, other in zip(*found):
         assert one.dtype == other.dtype == torch.float32
         assert 1e-5 < (other - one).norm() / one.norm() < 0.08
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "active_vem"])
+def test_normalised_critics(name):
+    """By numbers alone, for each twin and trial; far from all data Q stays below the norm of its last layer."""
+    agent, _ = agent_and_buffers(name, critic_norm=True, matmul_precision="highest")
+    agent.double()
+    x = torch.randn(2, 7, 5, dtype=torch.double)  # (trials, n, obs and action)
+    for critic in (agent.critic, agent.critic_target):
+        q, far = critic(x), critic(1e6 * x)
+        *hidden, last = critic.layers
+        for twin in range(2):
+            for trial in range(2):
+                y = x[trial]
+                for layer in hidden:
+                    y = y @ layer.weight[twin, trial] + layer.bias[twin, trial]
+                    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+                    y = y.clamp(min=0)
+                torch.testing.assert_close(q[twin, trial], y @ last.weight[twin, trial] + last.bias[twin, trial])
+        assert (far <= 16**0.5 * last.weight.norm(dim=-2, keepdim=True) + last.bias.abs()).all()
+    plain, _ = agent_and_buffers(name)
+    assert plain.critic.activation is plain.actor.activation is agent.actor.activation is torch.relu_
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
