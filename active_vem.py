@@ -102,6 +102,7 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.02  # step of the target critic towards the critic
     hidden_dim: Count = 128  # width of the two hidden layers of actor and critics
+    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
     learning_rate: Positive = 1e-3  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # updates of everything per environment step
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
@@ -217,17 +218,18 @@ class StackedLinear(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
+    """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: hidden layers are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # in place: they are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
-        self.activation, self.dtype = activation, dtype
+        self.activation, self.dtype, self.norm = activation, dtype, norm
 
     def forward(self, x):
         exact = x.dtype
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x.to(self.dtype or exact)))
+            x = layer(x.to(self.dtype or exact))
+            x = self.activation(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
         return self.layers[-1](x.to(exact))
 
 
@@ -306,8 +308,8 @@ class Agent(nn.Module):
         self.actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
         self.prior_actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
         dims = (self.latent_dim + action_dim, args.hidden_dim, args.hidden_dim, 1)
-        self.critic = StackedMLP((2, trials), dims, dtype=low)
-        self.critic_target = StackedMLP((2, trials), dims, dtype=low)
+        self.critic = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
+        self.critic_target = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
 

@@ -212,23 +212,19 @@ class StackedLinear(nn.Module):
         return (x @ weight).add_(bias)
 
 
-def norm_relu(x):
-    """ReLU of a layer norm."""
-    return F.layer_norm(x, x.shape[-1:]).relu_()
-
-
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons, whose hidden layers may have another dtype than inputs and outputs."""
+    """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None):  # in place: hidden layers are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # in place: they are the largest
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
-        self.activation, self.dtype = activation, dtype
+        self.activation, self.dtype, self.norm = activation, dtype, norm
 
     def forward(self, x):
         exact = x.dtype
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x.to(self.dtype or exact)))
+            x = layer(x.to(self.dtype or exact))
+            x = self.activation(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
         return self.layers[-1](x.to(exact))
 
 
@@ -328,9 +324,9 @@ class Agent(nn.Module):
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
         low = torch.bfloat16 if args.matmul_precision == "medium" else None  # not the dynamics: they magnify rounding
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=low)
-        critic_dims, activation = (obs_dim + action_dim, *hidden, 1), norm_relu if args.critic_norm else torch.relu_
-        self.critic = StackedMLP((2, trials), critic_dims, activation, low)
-        self.critic_target = StackedMLP((2, trials), critic_dims, activation, low)
+        dims = (obs_dim + action_dim, *hidden, 1)
+        self.critic = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
+        self.critic_target = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
         self.critic_target.load_state_dict(self.critic.state_dict())
         log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # fixed, as in mbpo_pytorch
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))
