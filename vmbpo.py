@@ -20,6 +20,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
  2. In a fit p learns alone, then q starts at p and both learn, at a rate that rises and falls to zero: KL(q‖p) is the
     tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
  3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
+    Q in it is the target critic's, as V' is: the online one changes much from update to update where values jump.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  6. Actor and critic have an entropy bonus with tuned α: V'(s') = E[min Q'(s',a') − α log q_ω(a'|s')]. In Appendix C.1
@@ -390,7 +391,7 @@ class Agent(nn.Module):
         deltas = []
         for rows in buffer.rows().split(10_000, 1):  # for smaller temporaries
             obs, action, reward, next_obs, terminated = rows.split(buffer.widths, -1)
-            q = self.critic(torch.cat([obs, action], -1)).amin(0)
+            q = self.critic_target(torch.cat([obs, action], -1)).amin(0)
             deltas.append(reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q)
         weights = (torch.cat(deltas, 1) / self.beta).clamp(-EXPONENT_MAX, EXPONENT_MAX).exp()  # eq. (11)
         return weights / weights.mean(1, keepdim=True)

@@ -67,7 +67,7 @@ def tilted(script, k, mean, std, beta, trials=1, **flags):
              "epochs": 100, "beta": beta, "trials": trials} | flags
     agent, buffer, _ = build(script, obs_dim=1, action_dim=1, capacity=20_000, **flags)
     agent.value = lambda obs: k * obs
-    agent.critic = Line(k * mean)
+    agent.critic_target = Line(k * mean)
     next_obs = mean + std * torch.randn(1, 20_000, 1)
     zero = torch.zeros(trials, 20_000, 1)
     action = 2 * torch.rand_like(zero) - 1  # the policy acts where there are data
@@ -119,7 +119,7 @@ def test_weights_against_numpy(script):
     next_action = torch.tanh(mean + torch.exp(log_std) * noise)
     twins = lambda net, s, a: net(torch.cat([s, a], -1)).detach().numpy().min(0)
     delta = reward.numpy() + 0.9 * (1 - terminated.numpy()) * twins(agent.critic_target, next_obs, next_action)
-    expected = np.exp(np.clip((delta - twins(agent.critic, obs, action)) / 0.05, -4, 4))
+    expected = np.exp(np.clip((delta - twins(agent.critic_target, obs, action)) / 0.05, -4, 4))
     np.testing.assert_allclose(weights.numpy(), expected / expected.mean(), rtol=1e-4)
     assert expected.max() == pytest.approx(math.exp(4)) and expected.min() == pytest.approx(math.exp(-4))
 
