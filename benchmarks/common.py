@@ -1,7 +1,4 @@
-"""What the benchmarks share: scripts as modules, finished runs, refusals, tables and figures.
-
-All that knows how the training scripts are called from outside is in here: `load_script`, `build` and `open_run`.
-"""
+"""What the benchmarks share: scripts as modules, finished runs, refusals, tables and figures."""
 
 import csv
 import importlib

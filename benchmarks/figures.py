@@ -55,7 +55,7 @@ class Args:
     title: str = ""  # above the panels
     aggregate: Literal["mean", "iqm"] = "mean"  # mean ± std over trials; interquartile mean and 95 % interval
     from_csv: bool = False  # draw from the committed csv
-    keep: tuple[str, ...] = ()  # labels whose rows stay as the csv has them: their runs are no longer there
+    keep: bool = False  # the csv's rows of other tasks and labels stay, as their runs may be gone
 
 
 def runs_of(args):
@@ -194,8 +194,10 @@ def main(args):
     if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
         fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
     args.metrics = args.metrics or (() if args.from_csv else ("eval/return",))
-    kept = [row for row in read(args.name) if row.get("label") in args.keep] if args.keep else []
-    rows = read(args.name) if args.from_csv else [*kept, *collect(args)]
+    rows = read(args.name) if args.from_csv else [*collect(args)]
+    if args.keep:
+        drawn = group(rows, "task", "label")
+        rows = [row for row in read(args.name) if (row["task"], row["label"]) not in drawn] + rows
     logged = {row.get("metric") for row in rows}
     if not logged.intersection(args.metrics or logged):
         fail(f"--metrics {' '.join(args.metrics)}: none of the runs has logged it")

@@ -256,11 +256,20 @@ def test_figure_and_thinned_csv(here, capsys):
 
 
 def test_rows_of_runs_that_are_gone_stay(here):
-    flags = {"name": "made_up", "metrics": ("eval/return",)}
-    assert FIGURES.main(FIGURES.Args(runs=(str(here / "one"), str(here / "two")), labels=("A", "B"), **flags)) == 0
-    before = common.read("made_up")
-    assert FIGURES.main(FIGURES.Args(runs=(str(here / "two"),), labels=("C",), keep=("B",), **flags)) == 0
-    assert common.read("made_up") == [row | {"label": label} for label in "BC" for row in before if row["label"] == "B"]
+    """Those of other tasks or labels; what is drawn anew replaces what was there."""
+    def draw(run, label, **flags):
+        flags |= {"name": "made_up", "metrics": ("eval/return",)}
+        assert FIGURES.main(FIGURES.Args(runs=(str(here / run),), labels=(label,), **flags)) == 0
+        return common.read("made_up")
+
+    first = draw("one", "A")
+    second = draw("two", "B", keep=True)
+    assert second[: len(first)] == first and {row["label"] for row in second} == {"A", "B"}
+    other = draw("one", "B", keep=True, task="other")
+    assert other[: len(second)] == second and {row["task"] for row in other[len(second) :]} == {"other"}
+    again = draw("two", "A", keep=True)
+    assert [row for row in again if row["label"] == "B"] == other[len(first) :]
+    assert [row["value"] for row in again if row["label"] == "A"] == [row["value"] for row in second[len(first) :]]
 
 
 def table_of(metric, steps, *trials):
