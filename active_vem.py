@@ -102,7 +102,7 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.02  # step of the target critic towards the critic
     hidden_dim: Count = 128  # width of the two hidden layers of actor and critics
-    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
+    critic_norm: bool = False  # layer norm in the critics: bounds values where there is no data
     learning_rate: Positive = 1e-3  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # updates of everything per environment step
     buffer_size: Rows = 1_000_000  # real transitions kept per trial

@@ -21,8 +21,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
  1. γ and termination enter (11) and (12). A decision tree learns when episodes end. `--termination-fn`: a known rule.
  2. In a fit p learns alone, then q starts at p and both learn, at a rate that rises and falls to zero: KL(q‖p) is the
     tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
- 3. The exponent of (11) is clamped to ±4 after the division by β. Weights have mean 1, which keeps the minimiser.
-    Q in it is the target critic's, as V' is: the online one changes much from update to update where values jump.
+ 3. The exponent of (11) is clamped to ±4 after the division by β; the target critic says its Q. Weights have mean 1.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
  6. Actor and critic have an entropy bonus with tuned α: V'(s') = E[min Q'(s',a') − α log q_ω(a'|s')]. In Appendix C.1
@@ -112,7 +111,7 @@ class Args:
     tau: Fraction = 0.005  # step of the target critic towards the critic
     batch_size: Count = 256  # rows per update
     hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
-    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
+    critic_norm: bool = False  # layer norm in the critics: bounds values where there is no data
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 20  # actor-critic updates per environment step
     target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)/2

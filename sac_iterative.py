@@ -94,7 +94,7 @@ class Args:
     tau: Fraction = 0.005  # step of the target critic towards the critic
     batch_size: Count = 128  # rows per update
     hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
-    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
+    critic_norm: bool = False  # layer norm in the critics: bounds values where there is no data
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # actor-critic updates per environment step
     target_entropy: Number = None  # α is tuned to a KL of |A| ln 2 less this many nats; default −(action dimensions)

@@ -96,7 +96,7 @@ class Args:
     tau: Fraction = 0.005  # step of the target critic towards the critic
     batch_size: Count = 256  # rows per update
     hidden_dim: Count = 256  # width of the two hidden layers of actor and critics
-    critic_norm: bool = False  # layer norm in the critics: values where there is no data stay small
+    critic_norm: bool = False  # layer norm in the critics: bounds values where there is no data
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 20  # actor-critic updates per environment step
     target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)/2
