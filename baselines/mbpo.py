@@ -42,6 +42,7 @@ import time
 import warnings
 import zipfile
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -58,6 +59,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_SHARES = (0, 0.25, 0.5, 1)  # points in a fit, as shares of its minibatches
 FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the rate at these points
+FIT_EXACT = {"two_phase": 0.75, "constant": 0}  # share of a fit after which its products are float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
@@ -306,11 +308,11 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        low = torch.bfloat16 if args.matmul_precision == "medium" else None  # not the dynamics: they magnify rounding
-        self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=low)
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # as fits begin of the dynamics too
+        self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
-        self.critic = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
-        self.critic_target = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
+        self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
+        self.critic_target = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
         self.critic_target.load_state_dict(self.critic.state_dict())
         log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # fixed, as in mbpo_pytorch
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))
@@ -428,15 +430,19 @@ class Agent(nn.Module):
         for group in self.opts["models"].param_groups:
             group["lr"] = rate
 
-        def minibatch():
+        def minibatch(dtype):
+            self.model.dtype = dtype
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             index += index // (HOLD_OUT_EVERY - 1) + 1  # of all rows: step over 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
             self.descend("models", self.model_loss(self.model, batch))
 
-        step = captured(minibatch, args)
+        low_step = captured(partial(minibatch, self.low), args)
+        exact_step = captured(partial(minibatch, None), args)
+        exact = int(FIT_EXACT[args.fit_rule] * batches)
         for i in range(batches):
             rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
+            step = low_step if i < exact else exact_step
             step()
         return metrics | self.assess(buffer)
 

@@ -19,21 +19,22 @@ from typing import Literal
 
 import torch
 import tyro
-from common import ROOT, at_least, build, group, load_script, open_run, publish, write
+from common import ROOT, at_least, build, group, load_script, open_run, publish
 
 BETAS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-# Rule -> factors on the rate (FIT_RATE), share of a fit at which q starts at p, Adam's β₂, whether it forgets.
+# Rule -> the script's CONSTANTS under it: rate, where in a fit q starts and where float32 begins, Adam's betas.
+CONSTANTS = ("FIT_RATE", "POSTERIOR_START", "FIT_EXACT", "FIT_BETAS")
 RULES = {
-    "two phases, β₂ = 0.95": ((0, 3, 1, 0), 0.5, 0.95, False),
-    "two phases, β₂ = 0.99": ((0, 3, 1, 0), 0.5, 0.99, False),
-    "two phases, β₂ = 0.999": ((0, 3, 1, 0), 0.5, 0.999, False),
-    "two phases, β₂ = 0.999, Adam forgets": ((0, 3, 1, 0), 0.5, 0.999, True),
-    "constant, β₂ = 0.999": ((1, 1, 1, 1), 0, 0.999, False),
+    "two phases, β₂ = 0.95, bfloat16 at first": ((0, 3, 1, 0), 0.5, 0.75, (0.9, 0.95)),
+    "two phases, β₂ = 0.95": ((0, 3, 1, 0), 0.5, 0, (0.9, 0.95)),
+    "two phases, β₂ = 0.99": ((0, 3, 1, 0), 0.5, 0, (0.9, 0.99)),
+    "two phases, β₂ = 0.999": ((0, 3, 1, 0), 0.5, 0, (0.9, 0.999)),
+    "two phases, β₂ = 0.999, Adam forgets": ((0, 3, 1, 0), 0.5, 0, (0.9, 0.999)),
+    "constant, β₂ = 0.999": ((1, 1, 1, 1), 0, 0, (0.9, 0.999)),
 }
 QUICK = {"hidden_dim": 128, "model_dim": 100, "model_layers": 3}
 RECORDINGS = {"InvertedPendulum-v4": QUICK | {"learning_starts": 500, "total_steps": 5_500, "updates_per_step": 3},
-              "Hopper-v4": {"total_steps": 30_000, "updates_per_step": 1},
-              "HalfCheetah-v4": {"total_steps": 30_000, "updates_per_step": 1}}
+              **dict.fromkeys(("Hopper-v4", "HalfCheetah-v4"), {"total_steps": 30_000, "updates_per_step": 1})}
 
 
 @dataclasses.dataclass
@@ -43,7 +44,8 @@ class Args:
     refits: int = 20  # fits per rule, each with 250 rows more
     seed: int = 1  # of recordings, networks and minibatches
     runs_dir: str = "runs/fits"  # where recordings are kept
-    from_csv: bool = False  # draw results/fits.csv again
+    out: str = "fits"  # name of csv and figure
+    from_csv: bool = False  # draw the csv again
 
 
 def record(task, args):
@@ -66,25 +68,23 @@ def toy():
     return torch.cat([obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero], -1), 1_000
 
 
-def make(task, args, beta2):
+def make(script, task, args):
     """A fresh agent with the recorded actor and critics, an empty buffer, the rows to come and how many come first."""
     torch.manual_seed(args.seed)
     if task == "toy":
         rows, starts = toy()
-        script, agent_args = load_script("beta_vmbpo"), QUICK | {"batch_size": 64, "max_batches": 200, "device": "cpu"}
-        agent = script.Agent(script.Args(**agent_args), 2, 1)
+        flags = QUICK | {"batch_size": 64, "max_batches": 200, "device": "cpu"}
+        agent = script.Agent(script.Args(**flags), 2, 1)
         agent.value = lambda obs: 10 * obs.sum(-1, keepdim=True)
         buffer = script.ReplayBuffer(1, rows.shape[1], 2, 1, "cpu")
     else:
         rows, starts, run = record(task, args)
         trained, trained_args, *_ = open_run(run, seed=args.seed)  # also of the networks to come
-        script, _, _, agent, buffer = build("beta_vmbpo", **vars(trained_args) | {"buffer_size": rows.shape[1]})
+        *_, agent, buffer = build("beta_vmbpo", **vars(trained_args) | {"buffer_size": rows.shape[1]})
         for part in ("actor", "critic", "critic_target"):
             getattr(agent, part).load_state_dict(getattr(trained, part).state_dict())
         agent.log_alpha.data.copy_(trained.log_alpha)
-    for settings in agent.opts["models"].param_groups:
-        settings["betas"] = (0.9, beta2)
-    return script, agent, buffer, rows, starts
+    return agent, buffer, rows, starts
 
 
 def fit(agent, buffer, beta, seed, forget):
@@ -98,9 +98,10 @@ def fit(agent, buffer, beta, seed, forget):
 
 def study(task, rule, args):
     """Rows of the table: the error of p after each fit, and on the same rows again; KL(q‖p) by β and by minibatches."""
-    factors, start, beta2, forget = RULES[rule]
-    script, agent, buffer, rows, starts = make(task, args, beta2)
-    script.FIT_RATE, script.POSTERIOR_START = {"two_phase": factors}, {"two_phase": start}
+    script, forget = load_script("beta_vmbpo"), "forgets" in rule
+    for name, setting in zip(CONSTANTS, RULES[rule]):
+        setattr(script, name, {"two_phase": setting})
+    agent, buffer, rows, starts = make(script, task, args)
     base, began = {"task": task, "rule": rule}, time.perf_counter()
     for i in range(args.refits + 3):
         buffer.add(rows[:, int(buffer.added) : starts + 250 * min(i, args.refits - 1)])
@@ -141,9 +142,8 @@ def draw(rows, figure):
 
 def main(args):
     at_least(args, refits=2)
-    if not args.from_csv:
-        write("fits", (row for task in args.tasks for rule in args.rules for row in study(task, rule, args)))
-    return publish("fits", None, draw, (4 * max(len(args.tasks), 2), 7), "Refits of the dynamics under different rules")
+    rows = (row for task in args.tasks for rule in args.rules for row in study(task, rule, args))
+    return publish(args.out, None if args.from_csv else rows, draw, (4 * max(len(args.tasks), 2), 7), "Refits of the dynamics under different rules")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_refits_of_a_study(here, monkeypatch, capsys):
     """250 rows more before each of four, three on the same rows; then the fourth for every β, and seven times at β = 10,
     always from the networks before it."""
     script, calls = load_script("beta_vmbpo"), []
-    for name in ("FIT_RATE", "POSTERIOR_START"):
+    for name in FITS.CONSTANTS:
         monkeypatch.setattr(script, name, getattr(script, name))  # the study sets its own
 
     def fit(agent, buffer, beta, seed, forget):
@@ -218,7 +218,7 @@ def test_refits_of_a_study(here, monkeypatch, capsys):
 @pytest.mark.parametrize("forget", [False, True])
 def test_a_fit_may_forget(forget):
     """Adam's moments, not the networks; β is the one asked for."""
-    _, agent, buffer, *_ = FITS.make("toy", FITS.Args(), 0.999)
+    agent, buffer, *_ = FITS.make(load_script("beta_vmbpo"), "toy", FITS.Args())
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}
     agent.opts["models"].state[agent.model.max_log_var] = moments
     agent.fit_model = lambda buffer: {"beta": agent.beta}
