@@ -102,7 +102,6 @@ class Args:
     gamma: Fraction = 0.99  # discount factor
     tau: Fraction = 0.02  # step of the target critic towards the critic
     hidden_dim: Count = 128  # width of the two hidden layers of actor and critics
-    critic_norm: bool = False  # layer norm in the critics: bounds values where there is no data
     learning_rate: Positive = 1e-3  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # updates of everything per environment step
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
@@ -308,8 +307,8 @@ class Agent(nn.Module):
         self.actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
         self.prior_actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
         dims = (self.latent_dim + action_dim, args.hidden_dim, args.hidden_dim, 1)
-        self.critic = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
-        self.critic_target = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
+        self.critic = StackedMLP((2, trials), dims, dtype=low)
+        self.critic_target = StackedMLP((2, trials), dims, dtype=low)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
 

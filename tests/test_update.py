@@ -120,7 +120,7 @@ def test_a_stack_with_bfloat16_inside():
         assert 1e-5 < (other - one).norm() / one.norm() < 0.08
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "active_vem"])
 def test_normalised_critics(name):
     """By numbers alone, for each twin and trial; far from all data Q stays below the norm of its last layer."""
     agent, _ = agent_and_buffers(name, critic_norm=True, matmul_precision="highest")
