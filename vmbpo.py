@@ -65,8 +65,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_SHARES = (0, 0.25, 0.5, 1)  # points in a fit, as shares of its minibatches
 FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the rate at these points
-POSTERIOR_START = {"two_phase": 0.5, "constant": 0}  # share of a fit that p learns alone
-FIT_EXACT = {"two_phase": 0.75, "constant": 0}  # share of a fit after which its products are float32
+SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit after which q learns, and all is float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
@@ -323,7 +322,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # as fits begin of the dynamics too
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # of dynamics only as fits begin
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
@@ -489,28 +488,24 @@ class Agent(nn.Module):
         for group in self.opts["models"].param_groups:
             group["lr"] = rate
 
-        def minibatch(dtype, joint=True):
-            self.model.dtype = dtype
-            self.posterior_model.dtype = dtype
+        def minibatch(second):
+            self.model.dtype = None if second else self.low
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             index += index // (HOLD_OUT_EVERY - 1) + 1  # of all rows: step over 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
             loss = self.model_loss(self.model, batch)
-            if joint:  # else q has no gradient, and Adam leaves it as it is
+            if second:  # else q has no gradient, and Adam leaves it as it is
                 loss = loss + self.model_loss(self.posterior_model, batch, weights[buffer.trial, index])
             self.descend("models", loss)
 
-        prior_step = captured(partial(minibatch, self.low, joint=False), args)
-        low_step = captured(partial(minibatch, self.low), args)
-        exact_step = captured(partial(minibatch, None), args)
-        start = int(POSTERIOR_START[args.fit_rule] * batches)
-        exact = int(FIT_EXACT[args.fit_rule] * batches)
+        first_step = captured(partial(minibatch, second=False), args)
+        second_step = captured(partial(minibatch, second=True), args)
+        start = int(SECOND_PHASE[args.fit_rule] * batches)
         for i in range(batches):
             rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
             if i == start and args.fit_rule == "two_phase":
                 self.start_posterior()
-            step = low_step if i < exact else exact_step
-            step = prior_step if i < start else step
+            step = first_step if i < start else second_step
             step()
         return metrics | self.assess(buffer, weights)
 

@@ -59,7 +59,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_SHARES = (0, 0.25, 0.5, 1)  # points in a fit, as shares of its minibatches
 FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the rate at these points
-FIT_EXACT = {"two_phase": 0.75, "constant": 0}  # share of a fit after which its products are float32
+SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit after which all is float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
@@ -308,7 +308,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # as fits begin of the dynamics too
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # of dynamics only as fits begin
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
@@ -430,19 +430,19 @@ class Agent(nn.Module):
         for group in self.opts["models"].param_groups:
             group["lr"] = rate
 
-        def minibatch(dtype):
-            self.model.dtype = dtype
+        def minibatch(second):
+            self.model.dtype = None if second else self.low
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             index += index // (HOLD_OUT_EVERY - 1) + 1  # of all rows: step over 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
             self.descend("models", self.model_loss(self.model, batch))
 
-        low_step = captured(partial(minibatch, self.low), args)
-        exact_step = captured(partial(minibatch, None), args)
-        exact = int(FIT_EXACT[args.fit_rule] * batches)
+        first_step = captured(partial(minibatch, second=False), args)
+        second_step = captured(partial(minibatch, second=True), args)
+        start = int(SECOND_PHASE[args.fit_rule] * batches)
         for i in range(batches):
             rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
-            step = low_step if i < exact else exact_step
+            step = first_step if i < start else second_step
             step()
         return metrics | self.assess(buffer)
 

@@ -253,7 +253,8 @@ def test_imagined_rows_are_of_the_elites_in_turn(script):
                 assert abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(2 * 0.01, rel=0.25)
 
 
-def test_kl_is_the_tilt_alone():
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_kl_is_the_tilt_alone(precision):
     """KL(q‖p) falls as 1/β²: 100 times from β = 100 to 1000; at a constant rate the noise of two fits keeps it up."""
     torch.manual_seed(1)
     obs, action, zero = torch.randn(1, 1000, 2), 2 * torch.rand(1, 1000, 1) - 1, torch.zeros(1, 1000, 1)
@@ -263,7 +264,8 @@ def test_kl_is_the_tilt_alone():
         for beta in (100.0, 1000.0):
             torch.manual_seed(1)
             agent, buffer, _ = build(BETA, obs_dim=2, action_dim=1, beta=beta, fit_rule=rule, max_batches=200,
-                                     epochs=1000, model_dim=64, model_layers=3, ensemble_size=2, num_elites=2, batch_size=64)
+                                     epochs=1000, model_dim=64, model_layers=3, ensemble_size=2, num_elites=2, batch_size=64,
+                                     matmul_precision=precision)
             agent.value = lambda obs: 10 * obs.sum(-1, keepdim=True)
             buffer.add(obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero)
             for _ in range(3):
@@ -273,11 +275,11 @@ def test_kl_is_the_tilt_alone():
     assert 60 < falls[0] < 160 and falls[1] < 60, falls
 
 
-def refits(script, beta2):
+def refits(script, beta2, precision):
     """Errors of p after a long first fit and three short ones on the same rows of an exactly linear system."""
     torch.manual_seed(1)
     sizes = {"model_dim": 64, "model_layers": 3, "batch_size": 128, "epochs": 1000, "min_batches": 100}
-    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=400, **sizes)
+    agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=400, matmul_precision=precision, **sizes)
     obs, action, zero = torch.randn(1, 500, 2), 2 * torch.rand(1, 500, 1) - 1, torch.zeros(1, 500, 1)
     next_obs = obs + 0.1 * obs.flip(-1) * torch.tensor([1.0, -1.0]) + 0.1 * action
     buffer.add(obs, action, zero, next_obs, zero)
@@ -289,10 +291,11 @@ def refits(script, beta2):
     return errors + [agent.fit_model(buffer)["model/prior_error"].item() for _ in range(3)]
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("script", ALL, ids=name)
-def test_a_refit_on_the_same_rows_does_not_raise_the_error(script):
+def test_a_refit_on_the_same_rows_does_not_raise_the_error(script, precision):
     """At β₂ = 0.999 the second fit starts with stale second moments and multiplies the error, here more than tenfold."""
-    sound, stale = refits(script, None), refits(script, 0.999)
+    sound, stale = refits(script, None, precision), refits(script, 0.999, precision)
     assert max(after / before for before, after in zip(sound, sound[1:])) < 1.5, sound
     assert max(after / before for before, after in zip(stale, stale[1:])) > 10, stale
 
@@ -613,6 +616,20 @@ def test_learning_rate_within_a_fit(script, rule, factors):
     agent.descend = lambda *args: rates.append(float(agent.opts["models"].param_groups[0]["lr"])) or descend(*args)
     agent.fit_model(buffer)
     assert rates == pytest.approx([0.01 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("precision, rule, low", [("highest", "two_phase", 0), ("medium", "two_phase", 2),
+                                                  ("medium", "constant", 0)])
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_precision_within_a_fit(script, precision, rule, low):
+    """At medium the first two of four minibatches have bfloat16 inside, before q learns; all that follows is exact."""
+    agent, buffer, _ = build(script, fit_rule=rule, min_first_batches=4, max_batches=4, matmul_precision=precision)
+    fill(script, buffer)
+    kinds, descend = [], agent.descend
+    agent.descend = lambda *args: kinds.append(agent.model.dtype) or descend(*args)
+    agent.fit_model(buffer)
+    assert kinds == [torch.bfloat16] * low + [None] * (4 - low)
+    assert agent.model.dtype is None and (script is MBPO or agent.posterior_model.dtype is None)
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)

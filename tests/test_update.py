@@ -145,7 +145,7 @@ def test_normalised_critics(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_medium_precision_is_that_of_actors_and_critics(name):
-    """They alone have bfloat16 inside: what is rounded would be magnified where the variances of dynamics are small."""
+    """Outside of fits they alone have bfloat16 inside: dynamics magnify what is rounded where their variances are small."""
     agent, _ = agent_and_buffers(name, matmul_precision="medium")
     low = {key for key, net in agent.named_children() if getattr(net, "dtype", None) == torch.bfloat16}
     assert low == {"actor", "critic", "critic_target"} | ({"prior_actor"} if name == "active_vem" else set())
