@@ -2,20 +2,18 @@
 
     python benchmarks/errors.py --out tilt --runs RUN RUN --labels "ε=0.01" "ε=1"    # writes results/tilt.csv
 
-Of held-out transitions: the squared one-step error in units of the target's variance, mean over members, as
-model/prior_error; KL(q‖p); the optimism gap, E[V(s')] under the learned dynamics less V(s') of the real next state.
-Per 100 ends in the newest rows: those missed, and false ones, by a tree and by a perceptron that know the older rows.
+Of held-out transitions: the squared one-step error in units of the target's variance, mean over members; KL(q‖p); the
+optimism gap, E[V(s')] under the learned dynamics less V(s') of the real next state. On InvertedPendulum also from how
+far off the middle the policy balances, and how far off the newest steps have been.
 """
 
 import dataclasses
 import sys
 
+import numpy as np
 import torch
 import tyro
 from common import at_least, fail, group, labelled, open_run, say, write
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 
 @dataclasses.dataclass
@@ -40,32 +38,37 @@ def measure(agent, widths, rows):
     return found
 
 
-def ends(script, obs, ended, newest):
-    """Name -> value per trial: what becomes of 100 ends in the newest rows (trials, n, ·)."""
-    old_obs, old_ended, obs, ended = obs[:, :-newest], ended[:, :-newest], obs[:, -newest:], ended[:, -newest:]
-    tree, perceptron = script.Terminator(len(obs)), make_pipeline(StandardScaler(), MLPClassifier(random_state=0))
-    tree.fit(old_obs, old_ended)
-    learn = lambda x, y, new: torch.as_tensor(perceptron.fit(x, y).predict_proba(new)[:, 1:])
-    learned = {"tree": tree(obs), "perceptron": torch.stack([*map(learn, old_obs, old_ended[..., 0], obs)])}
-    found, per_end = {}, lambda x: 100 * x.clamp(min=0).sum((1, 2)) / ended.sum((1, 2))
-    for name, share in learned.items():
-        found[f"missed_{name}"], found[f"false_{name}"] = per_end(ended - share), per_end(share - ended)
-    return found
+def balance(script, agent, args, positions):
+    """Shares of both sides from which 300 mean actions keep it up, and of positions (trials, n) beyond: (trials,)."""
+    distances = np.arange(1, 10, 2) / 10
+    starts = np.tile(np.outer(distances, (-1, 1)).flatten(), args.trials)
+    envs, stands = script.make_envs(args, len(starts)), np.ones(len(starts), bool)
+    envs.reset(seed=args.seed)
+    for env, start in zip(envs.envs, starts):
+        env.unwrapped.set_state(np.array([start, 0]), np.zeros(2))
+    obs = np.stack([starts, *np.zeros((3, len(starts)))], 1)
+    for _ in range(300):
+        seen = torch.as_tensor(obs, dtype=torch.float32).unflatten(0, (args.trials, -1))
+        obs, _, terminated, *_ = envs.step(agent.act(seen, deterministic=True).flatten(0, 1).numpy())
+        stands &= ~terminated
+    shares = stands.reshape(args.trials, -1, 2).mean(-1).T
+    found = {f"stands_from_{distance}": torch.tensor(share) for distance, share in zip(distances, shares)}
+    return found | {f"beyond_{distance}": (positions.abs() >= distance).float().mean(1) for distance in distances}
 
 
 def main(args):
     at_least(args, newest=5)
     rows = []
     for label, run in labelled(args.runs, args.labels):
-        agent, _, buffer, step = open_run(run, script="mbpo")
-        script, (*_, next_obs, ended) = sys.modules[type(agent).__module__], buffer.rows().split(buffer.widths, -1)
-        if int(buffer.added) > ended.shape[1]:
+        agent, saved, buffer, step = open_run(run, script="mbpo")
+        script, count = sys.modules[type(agent).__module__], buffer.rows().shape[1]
+        if int(buffer.added) > count:
             fail(f"--runs {run}: its buffer is full, and the newest rows have overwritten the oldest")
-        held_out = torch.arange(0, ended.shape[1], script.HOLD_OUT_EVERY)
-        parts = {"all": held_out, "newest": held_out[held_out >= ended.shape[1] - args.newest]}
+        held_out = torch.arange(0, count, script.HOLD_OUT_EVERY)
+        parts = {"all": held_out, "newest": held_out[held_out >= count - args.newest]}
         found = {which: measure(agent, buffer.widths, buffer.rows()[:, index]) for which, index in parts.items()}
-        if ended[:, : -args.newest].any(1).all() and ended[:, -args.newest :].any(1).all():
-            found["newest"] |= ends(script, next_obs, ended, args.newest)
+        if "InvertedPendulum" in saved.env_id:
+            found["newest"] |= balance(script, agent, saved, buffer.rows()[:, -args.newest :, 0])
         rows += [{"label": label, "step": step, "rows": which, "trial": trial, "metric": name, "value": value}
                  for which in found for name in found[which] for trial, value in enumerate(found[which][name].tolist())]
     for (label, which, name), found in group(rows, "label", "rows", "metric").items():

@@ -97,9 +97,8 @@ def measure(args):
             for trial in range(saved.trials):
                 which = {"label": label, "trial": trial, "dynamics": dynamics}
                 rows += [which | row for row in mean_path(paths[dynamics][trial], args.episodes)]
-                mean, std, goal = returns[trial].mean(), returns[trial].std(), reached[trial]
-                found = {"return": f"{mean:.4g}", "std": f"{std:.4g}", "goal": f"{goal:.3g}"}
-                summary.append(which | found | {"value_gap": "", "policy_std": ""})
+                found = {"return": f"{returns[trial].mean():.4g}", "std": f"{returns[trial].std():.4g}"}
+                summary.append(which | found | {"goal": f"{reached[trial]:.3g}", "value_gap": "", "policy_std": ""})
         gaps, deviations = value_gap(agent, paths["true"])
         for trial in range(saved.trials):
             found = {"value_gap": f"{gaps[trial]:.3g}", "policy_std": f"{deviations[trial]:.3g}"}

@@ -23,8 +23,7 @@ from common import at_least, build, group, labelled, open_run, publish, say, wri
 from benchmarks.tasks import NOISE, SIZE, STEP_REWARD, exit_reward
 
 EDGES = "left", "right", "top", "bottom"
-PLACES = (  # and moves there
-    ((0, 0), (0, 0)), ((0, -6.5), (0, -1)), ((5, -6.5), (0, -1)), ((-5, -6.5), (0, -1)), ((6.5, 0), (1, 0)))
+PLACES = ((0, 0), (0, 0)), ((0, -6.5), (0, -1)), ((5, -6.5), (0, -1)), ((-5, -6.5), (0, -1)), ((6.5, 0), (1, 0))
 
 
 @dataclasses.dataclass

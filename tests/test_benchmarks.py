@@ -115,28 +115,15 @@ def test_errors_and_gap_of_known_models():
     assert found == {"error_p": [4], "error_q": [1], "kl": [7], "gap": [(0.5 + 2.5) / 2]}
 
 
-def test_ends_that_are_missed_and_that_are_none():
-    """Of four ends among the newest rows the tree gives one half a chance and misses one; one of its ends is none."""
-    obs, ended = torch.zeros(2, 110, 1), torch.zeros(2, 110, 1)
-    ended[:, 50], ended[:, 100:104] = 1, 1
-    shares = torch.tensor([1, 1, 0.5, 0, 0, 0, 0, 0, 0, 1.0])[None, :, None].expand(2, -1, -1)
-    seen = []
-
-    class Tree:
-        def __init__(self, trials):
-            assert trials == 2
-
-        def fit(self, obs, ended):
-            seen.append((obs.shape, int(ended.sum())))
-
-        def __call__(self, obs):
-            return shares
-
-    found = ERRORS.ends(SimpleNamespace(Terminator=Tree), obs, ended, newest=10)
-    assert seen == [((2, 100, 1), 2)]  # what it has learned from
-    assert found["missed_tree"].tolist() == [37.5, 37.5] and found["false_tree"].tolist() == [25, 25]
-    missed, false = found["missed_perceptron"][0].item(), found["false_perceptron"][0].item()
-    assert 80 < missed < 100 and false == pytest.approx(1.5 * (100 - missed))  # of all ten states it thinks the same
+def test_where_an_agent_balances():
+    """A linear controller, which keeps the pole up from everywhere, but pushes on where the cart is right of 0.4."""
+    args = SimpleNamespace(env_id="InvertedPendulum-v4", trials=2, seed=1, capture_video=False)
+    gains = torch.tensor([0.3, 5, 0.5, 1])
+    act = lambda obs, deterministic: torch.where(obs[..., :1] > 0.4, 1, (gains * obs).sum(-1, keepdim=True)).clamp(-1, 1)
+    positions = torch.tensor([[0, 0.2, -0.4, 0.6], [0, 0, 0, 0]])
+    found = ERRORS.balance(load_script("baselines/mbpo"), SimpleNamespace(act=act), args, positions)
+    assert [found[f"stands_from_{x}"].tolist() for x in (0.1, 0.3, 0.5, 0.9)] == [[1, 1], [1, 1], [0.5, 0.5], [0.5, 0.5]]
+    assert [found[f"beyond_{x}"].tolist() for x in (0.1, 0.3, 0.5, 0.7)] == [[0.75, 0], [0.5, 0], [0.25, 0], [0, 0]]
 
 
 def test_errors_of_a_full_buffer_are_refused(here, capsys):
