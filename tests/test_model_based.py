@@ -366,7 +366,7 @@ def test_fits_and_dual_steps_together_reach_the_fixed_point():
     agent, buffer = tilted(BETA, 1.0, 0.0, 1.0, 1.0, trials=3, max_batches=200, model_dim=16, kl_budget=0.1, beta_lr=0.05)
     agent.log_beta.data.copy_(torch.tensor([1.0, 10.0, 100.0]).log().view(3, 1, 1))
     trace = []
-    for _ in range(45):
+    for _ in range(30):
         agent.fit_model(buffer)
         for _ in range(10):
             agent.update_beta()
