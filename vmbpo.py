@@ -388,7 +388,7 @@ class Agent(nn.Module):
     def transition_weights(self, buffer):
         """exp(δ/β) of every replayed transition, scaled to mean 1 per trial: (trials, n, 1)."""
         deltas = []
-        for rows in buffer.rows().split(10_000, 1):  # for smaller temporaries
+        for rows in buffer.rows().split(2_000, 1):  # for smaller temporaries
             obs, action, reward, next_obs, terminated = rows.split(buffer.widths, -1)
             q = self.critic_target(torch.cat([obs, action], -1)).amin(0)
             deltas.append(reward + self.args.gamma * (1 - terminated) * self.value(next_obs) - q)
@@ -411,9 +411,12 @@ class Agent(nn.Module):
         obs, action, reward, next_obs, terminated = buffer.rows().split(buffer.widths, -1)
         new = torch.arange(int(buffer.added))[-self.args.fit_every :] % obs.shape[1]  # the ring may be full
         foreseen = self.termination(obs[:, new], action[:, new], next_obs[:, new])  # by the last fit
-        self.inputs.fit(torch.cat([obs, action], -1))
-        self.targets.fit(torch.cat([next_obs - obs, reward], -1))
-        self.state_range.copy_(torch.stack(torch.cat([obs, next_obs], 1).aminmax(dim=1, keepdim=True)))
+        self.inputs.fit(buffer.rows()[..., : self.obs_dim + action.shape[-1]])
+        target = torch.cat([next_obs, reward], -1)
+        target[..., : self.obs_dim] -= obs  # in place, as they are the largest temporaries of a run
+        self.targets.fit(target)
+        self.state_range[0] = torch.minimum(obs.amin(1, keepdim=True), next_obs.amin(1, keepdim=True))
+        self.state_range[1] = torch.maximum(obs.amax(1, keepdim=True), next_obs.amax(1, keepdim=True))
         if not self.args.termination_fn:
             self.terminator.fit(next_obs, terminated)
         return {"model/end_error": (foreseen - terminated[:, new]).abs().mean((-2, -1))}
