@@ -663,6 +663,25 @@ def test_what_a_fit_reports(script):
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
+def test_statistics_are_those_of_each_trial_s_rows_and_leave_them_as_they_are(script):
+    """Of 500 rows in a buffer that holds more, against NumPy; the second trial's rows are twice the first's."""
+    agent, buffer, _ = build(script, trials=2, capacity=1000)
+    fill(script, buffer)
+    buffer.storage[1] *= 2
+    before = buffer.storage.clone()
+    agent.fit_statistics(buffer)
+    assert torch.equal(buffer.storage, before)
+    for trial in range(2):
+        obs, action, reward, next_obs, _ = np.split(before[trial, :500].double().numpy(), np.cumsum(buffer.widths)[:-1], 1)
+        for normalizer, x in ((agent.inputs, (obs, action)), (agent.targets, (next_obs - obs, reward))):
+            x = np.concatenate(x, 1)
+            np.testing.assert_allclose(normalizer.mean[trial, 0], x.mean(0), atol=1e-5)
+            np.testing.assert_allclose(normalizer.std[trial, 0], x.std(0, ddof=1), rtol=1e-5)
+        both = np.concatenate([obs, next_obs])
+        np.testing.assert_array_equal(agent.state_range[:, trial, 0], [both.min(0), both.max(0)])
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
 def test_ends_are_learned_from_few(script):
     """Of 6,000 states in 17 dimensions about 30 end their episodes, by a sharp rule on two of them: new ends are seen."""
     agent, buffer, _ = build(script, obs_dim=17, action_dim=1, buffer_size=6000, trials=2)
