@@ -77,7 +77,7 @@ class Args:
     seed: Annotated[int, (0, 2**31)] = 1  # trial i uses environment seed + i
     trials: Count = 1  # independent agents trained side by side
     device: str = "auto"  # auto (CUDA when there is one), cpu, cuda, cuda:1, ...
-    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # medium: actor and critics in bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # medium: actor, critics, half a fit in bfloat16
     cuda_graph: bool = False  # replay the updates of a step, and the minibatches of fits if any, as CUDA graphs
     total_steps: Count = 300_000  # environment steps per trial
     learning_starts: Rows = 5_000  # uniformly random steps before the first update
