@@ -301,7 +301,7 @@ def test_a_reader_that_leaves_is_no_error(args, flag):
     assert process.wait(60) == 0
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs ray==2.60.0")
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray serves grid.py --address alone: ray==2.60.0")
 def test_a_node_that_dies_loses_no_more_than_its_last_checkpoint(args):
     """Two nodes on loopback, one is killed while its runs are going on: every run ends whole on the other."""
     from ray.cluster_utils import Cluster
