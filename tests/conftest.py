@@ -1,4 +1,4 @@
-"""Tests import the scripts by path, run on one thread and leave nothing in the repository."""
+"""Tests run in two processes of one thread each, import the scripts by path and leave nothing in the repository."""
 
 import importlib.util
 import os

@@ -53,7 +53,7 @@ def test_inline_metadata_are_the_requirements(path):
     pins = tomllib.loads("\n".join(block))["dependencies"]
     required = (ROOT / "requirements.txt").read_text().split()
     assert first == "# /// script"
-    unneeded = {"wandb", "pytest"} if "sklearn" in text else {"wandb", "pytest", "scikit-learn"}
+    unneeded = {"wandb", "pytest", "pytest-xdist"} | (set() if "sklearn" in text else {"scikit-learn"})
     assert pins == [pin for pin in required if pin.partition("==")[0] not in unneeded]
 
 
