@@ -57,8 +57,8 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_SHARES = (0, 0.25, 0.5, 1)  # points in a fit, as shares of its minibatches
-FIT_RATE = {"two_phase": (0, 3, 1, 0), "constant": (1, 1, 1, 1)}  # by --fit-rule: factors on the rate at these points
+FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches
+FIT_RATE = {"two_phase": (0, 8, 2, 0.5, 0), "constant": (1, 1, 1, 1, 1)}  # by --fit-rule: factors on the rate there
 SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit at which it begins: products are float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end

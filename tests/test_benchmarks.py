@@ -184,8 +184,8 @@ def test_refits_of_a_study(here, monkeypatch, capsys):
     for name in FITS.CONSTANTS:
         monkeypatch.setattr(script, name, getattr(script, name))  # the study sets its own
 
-    def fit(agent, buffer, beta, seed, forget):
-        assert agent.opts["models"].param_groups[0]["betas"] == (0.9, 0.99) and not forget
+    def fit(agent, buffer, beta, seed):
+        assert agent.opts["models"].param_groups[0]["betas"] == (0.9, 0.99)
         bias = agent.model.layers[-1].bias.data
         calls.append((int(buffer.added), beta, seed, round(bias.flatten()[0].item())))
         bias.flatten()[0] += 10
@@ -199,18 +199,16 @@ def test_refits_of_a_study(here, monkeypatch, capsys):
     table = [(row["what"], float(row["x"]), float(row["value"])) for row in common.read("fits")]
     assert table[:5] == [("error", i + 1, 2.0 ** -(i + 1)) for i in range(4)] + [("again", 5, 2.0**-5)]
     assert [what for what, *_ in table] == ["error"] * 4 + ["again"] * 3 + ["kl"] * 6 + ["scatter"] * 7
-    assert script.FIT_RATE == {"two_phase": (0, 3, 1, 0)} and "on the same rows again at most" in capsys.readouterr().out
+    assert script.FIT_RATE == {"two_phase": (0, 8, 2, 0.5, 0)} and "on the same rows again at most" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("forget", [False, True])
-def test_a_fit_may_forget(forget):
-    """Adam's moments, not the networks; β is the one asked for."""
-    agent, buffer, *_ = FITS.make(load_script("beta_vmbpo"), "toy", FITS.Args())
-    moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}
-    agent.opts["models"].state[agent.model.max_log_var] = moments
+def test_beta_of_a_fit_and_the_default_rule():
+    """β is the one asked for; "two phases" are what the script does."""
+    script = load_script("beta_vmbpo")
+    agent, buffer, *_ = FITS.make(script, "toy", FITS.Args())
     agent.fit_model = lambda buffer: {"beta": agent.beta}
-    assert FITS.fit(agent, buffer, 30.0, 0, forget)["beta"] == pytest.approx(30)
-    assert any(value.any() for value in moments.values()) != forget
+    assert FITS.fit(agent, buffer, 30.0, 0)["beta"] == pytest.approx(30)
+    assert FITS.RULES["two phases"] == tuple(getattr(script, name)["two_phase"] for name in FITS.CONSTANTS)
 
 
 # figures.py

@@ -276,9 +276,9 @@ def test_kl_is_the_tilt_alone(precision):
 
 
 def refits(script, beta2, precision):
-    """Errors of p after a long first fit and three short ones on the same rows of an exactly linear system."""
+    """Errors of p after a long first fit and three of the least length on the same rows of an exactly linear system."""
     torch.manual_seed(1)
-    sizes = {"model_dim": 64, "model_layers": 3, "batch_size": 128, "epochs": 1000, "min_batches": 100}
+    sizes = {"model_dim": 64, "model_layers": 3, "batch_size": 128, "epochs": 1000}
     agent, buffer, _ = build(script, obs_dim=2, action_dim=1, max_batches=400, matmul_precision=precision, **sizes)
     obs, action, zero = torch.randn(1, 500, 2), 2 * torch.rand(1, 500, 1) - 1, torch.zeros(1, 500, 1)
     next_obs = obs + 0.1 * obs.flip(-1) * torch.tensor([1.0, -1.0]) + 0.1 * action
@@ -287,17 +287,17 @@ def refits(script, beta2, precision):
         for group in opt.param_groups:
             group["betas"] = (0.9, beta2 or group["betas"][1])
     errors = [agent.fit_model(buffer)["model/prior_error"].item()]
-    agent.args.max_batches = 100
+    agent.args.max_batches = script.Args.min_batches
     return errors + [agent.fit_model(buffer)["model/prior_error"].item() for _ in range(3)]
 
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_a_refit_on_the_same_rows_does_not_raise_the_error(script, precision):
-    """At β₂ = 0.999 the second fit starts with stale second moments and multiplies the error, here more than tenfold."""
+    """At β₂ = 0.999 the second fit starts with stale second moments and multiplies the error, here more than threefold."""
     sound, stale = refits(script, None, precision), refits(script, 0.999, precision)
     assert max(after / before for before, after in zip(sound, sound[1:])) < 1.5, sound
-    assert max(after / before for before, after in zip(stale, stale[1:])) > 10, stale
+    assert max(after / before for before, after in zip(stale, stale[1:])) > 3, stale
 
 
 # --- dual descent
@@ -606,10 +606,10 @@ def test_weight_decay_is_that_of_mbpo(script, layers, rates):
     assert decay and not any(decay.values())
 
 
-@pytest.mark.parametrize("rule, factors", [("two_phase", [1.5, 2, 0.75, 0.25]), ("constant", [1, 1, 1, 1])])
+@pytest.mark.parametrize("rule, factors", [("two_phase", [4, 5, 1.25, 0.25]), ("constant", [1, 1, 1, 1])])
 @pytest.mark.parametrize("script", ALL, ids=name)
 def test_learning_rate_within_a_fit(script, rule, factors):
-    """From 0 to three times the rate at a quarter of the minibatches, to the rate at half, and to 0; or constant."""
+    """From 0 to eight times the rate at a quarter of a fit, then a quarter of that per quarter, and 0; or constant."""
     agent, buffer, _ = build(script, fit_rule=rule, min_first_batches=4, max_batches=4, model_learning_rate=0.01)
     fill(script, buffer)
     rates, descend = [], agent.descend
