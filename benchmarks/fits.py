@@ -30,7 +30,6 @@ RULES = {
     "two phases, float32": (FALL, 0.5, (0.9, 0.95)),
     "two phases, β₂ = 0.99": (FALL, 0.5, (0.9, 0.99)),
     "two phases, lower rate": ((0, 3, 1, 0.5, 0), 0.5, (0.9, 0.95)),
-    "two phases, lower rate, β₂ = 0.99": ((0, 3, 1, 0.5, 0), 0.5, (0.9, 0.99)),
     "constant, β₂ = 0.999": ((1, 1, 1, 1, 1), 0, (0.9, 0.999)),
 }
 QUICK = {"hidden_dim": 128, "model_dim": 100, "model_layers": 3}
