@@ -150,8 +150,8 @@ class EpisodeBuffer:
 
     def __init__(self, trials, capacity, widths, device):
         self.widths, self.capacity = widths, capacity
-        self.latent = slice(-1 - widths[5], -1)  # where the latent state stands in a row
-        # (trials, capacity + 1, row); behind the ring lies a row that is written for nothing and never read
+        self.latent = slice(-1 - widths[-2], -1)  # where the latent state stands in a row
+        # (trials, capacity + 1, row); the row behind the ring takes what refresh() must not keep, and is never read
         self.storage = torch.zeros(trials, capacity + 1, sum(widths), device=device)
         self.added = torch.zeros((), dtype=torch.long, device=device)
         self.trial = torch.arange(trials, device=device)[:, None, None]
@@ -219,7 +219,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # in place: they are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # relu_ makes no copy
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype, self.norm = activation, dtype, norm
@@ -265,8 +265,7 @@ class Normalizer(nn.Module):
 
 def sample(mean, log_std, *count):
     """Reparameterised samples (*count, *mean.shape)."""
-    mean, log_std = mean.expand(*count, *mean.shape), log_std.expand(*count, *log_std.shape)
-    return mean + log_std.exp() * torch.randn_like(mean)
+    return mean + log_std.exp() * torch.randn_like(mean.expand(*count, *mean.shape))
 
 
 def log_density(x, mean, log_std):
@@ -289,7 +288,7 @@ def log_mean_exp(x):
 
 def weighted_mean(x, weight):
     """Mean per trial of columns (..., trials, n, 1) with weights (trials, n, 1): (..., trials)."""
-    return (x * weight).sum((-2, -1)) / weight.sum((-2, -1)).clamp(min=1e-12)  # few windows may hold no such step
+    return (x * weight).sum((-2, -1)) / weight.sum((-2, -1)).clamp(min=1e-12)  # it may be that no step counts
 
 
 class Agent(nn.Module):
@@ -394,9 +393,8 @@ class Agent(nn.Module):
     def posterior_action(self, posterior, prior):
         """a ~ q(a|z), KL(q(a)‖p(a)) and log q(a|z), each (trials, n, ·)."""
         u = sample(*posterior)
-        log_prob = log_density(u, *posterior)
         log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # of the tanh, in a stable form
-        log_prob = log_prob - log_det.sum(-1, keepdim=True)
+        log_prob = log_density(u, *posterior) - log_det.sum(-1, keepdim=True)
         if self.args.action_prior == "uniform":
             return u.tanh(), log_prob + self.action_dim * math.log(2), log_prob
         return u.tanh(), divergence(*posterior, *prior), log_prob  # the tanh, which both have, leaves it as it is
@@ -415,7 +413,9 @@ class Agent(nn.Module):
         price = self.log_alpha.exp().detach() * self.args.info_weight  # of a nat of information
         for k in range(self.horizon):
             if k > 0:
-                action = sample(*self.prior_actor(latent)).tanh()
+                prior_action = self.prior_actor(latent)
+                action, kl, _ = self.posterior_action(prior_action, prior_action)  # kl: 0 but to a uniform prior
+                bound = bound - discount * self.log_alpha.exp().detach() * kl
             prior = self.latent_prior(latent, action)
             latent = sample(*prior)
             percept, _, end_logit = self.decode(latent)
@@ -455,15 +455,14 @@ class Agent(nn.Module):
                 "ended": F.pad(terminated, nothing), "weight": weight}
 
     def model_loss(self, last_latent, latent, posterior, last_action, percept, sight, ended, weight):
-        """−(8), or α KL of (6) in units of reward, as a mean over steps; and its terms in nats, each (trials,)."""
+        """−(8), or α KL of (6) in units of scaled reward, as a mean over steps; and its terms in nats, each (trials,)."""
         if not self.generative:
             kl = weighted_mean(divergence(*posterior, *self.latent_prior(last_latent, last_action, sight)), weight)
             return (self.log_alpha.exp().detach().flatten() * kl).sum(), {"model/kl": kl}  # eq. (6)
         prior = self.latent_prior(last_latent, last_action)
-        mean, log_std, _ = self.decode(latent)
         end_logit = self.decode(sample(*prior))[2]  # of z ~ p: see deviation 5
         kl = weighted_mean(divergence(*posterior, *prior), weight)
-        log_likelihood = weighted_mean(log_density(percept, mean, log_std), weight)
+        log_likelihood = weighted_mean(log_density(percept, *self.decode(latent)[:2]), weight)
         log_end = weighted_mean(-F.binary_cross_entropy_with_logits(end_logit, ended, reduction="none"), weight)
         loss = kl - log_likelihood - log_end  # eq. (8)
         metrics = {"model/kl": kl, "model/log_likelihood": log_likelihood, "model/log_end": log_end}
@@ -519,9 +518,8 @@ class Agent(nn.Module):
         critic_loss, metrics = self.critic_loss(critic_latent, action, target, weight.flatten(1, 2))
         model_loss, model_metrics = self.model_loss(**window)
         (critic_loss + model_loss).backward()  # critic; E-step of q(z), M-step of the model
-        acting = window["weight"] * (1 - window["ended"])  # no action follows the end
-        some = slice(None, None, POLICY_EVERY)
-        policy_loss, prior_loss, policy_metrics = self.policy_losses(latent.detach()[:, some], acting[:, some])
+        acting = (window["weight"] * (1 - window["ended"]))[:, ::POLICY_EVERY]  # no action follows the end
+        policy_loss, prior_loss, policy_metrics = self.policy_losses(latent.detach()[:, ::POLICY_EVERY], acting)
         policy_loss.backward(inputs=self.policy)  # E-step of q(a): critics and model get no gradient from it
         prior_loss.backward()  # M-step of p(a)
         self.clip_gradient()

@@ -178,7 +178,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # in place: they are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # relu_ makes no copy
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype, self.norm = activation, dtype, norm
@@ -212,11 +212,11 @@ class InferenceNetwork(StackedMLP):
         return seen.flatten(-2)
 
     def forward(self, obs, params, grad):
-        """A proposal for λ, and the share of the old λ that stays: (trials, n, 2, action_dim) each; direct: no gate."""
+        """A proposal for λ, and the share of the old λ that stays: (trials, n, 2, action_dim) each; direct: 0."""
         inputs = obs if grad is None else torch.cat([obs, self.encode(params, grad)], -1)
         mean, log_std, *gates = super().forward(inputs).split(params.shape[-1], -1)  # (trials, n, action_dim) each
         proposal = torch.stack([mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)], -2)  # f_φ
-        return proposal, torch.stack(gates, -2).sigmoid() if gates else None  # ω_φ
+        return proposal, torch.stack(gates, -2).sigmoid() if gates else 0.0  # ω_φ
 
 
 class Agent(nn.Module):
@@ -269,7 +269,7 @@ class Agent(nn.Module):
     def kl(self, params, noise):
         """KL(π ‖ p) (trials, n, 1), as it is before the tanh. To a uniform prior: E[log π], without |A| ln 2."""
         if self.args.prior == "uniform":
-            return self.log_prob(params, noise)  # eq. (12)
+            return self.log_prob(params, noise)  # eq. (12): minus the entropy
         shift, log_ratio = (params - self.prior).unbind(-2)  # μ − μ_0, log σ/σ_0
         kl = 0.5 * ((shift / self.args.prior_std).square() + (2 * log_ratio).exp() - 1) - log_ratio
         return kl.sum(-1, keepdim=True)
@@ -294,13 +294,13 @@ class Agent(nn.Module):
         return grad, objective.detach(), kl.detach()
 
     def infer(self, obs, noise=None):
-        """E-step. Lists: λ_0, ..., λ_K; ∇J̃ at all but λ_K; J̃ there; the gates of the K updates. Direct: of None."""
+        """E-step. Lists: λ_0, ..., λ_K; ∇J̃ and J̃ at all but λ_K (direct: None); the K gates (direct: 0)."""
         trace, grads, objectives, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], [], []
         for _ in range(self.iters):
             params = trace[-1].detach()  # the network learns each update by itself
             grad, objective, _ = self.gradient(obs, params, noise) if self.iterative else (None, None, None)
             proposal, gate = self.actor(obs, params, grad)
-            trace.append(gate * params + (1 - gate) * proposal if self.iterative else proposal)  # eq. (15)
+            trace.append(gate * params + (1 - gate) * proposal)  # eq. (15)
             grads.append(grad)
             objectives.append(objective)
             gates.append(gate)
@@ -332,7 +332,7 @@ class Agent(nn.Module):
         noise = self.noise(obs, self.args.action_samples)
         grad, objective, kl = self.gradient(obs, trace[-1], noise)  # at λ_K
         objectives.append(objective)
-        # λ_k·∇J̃(λ_k), ∇J̃ constant, has the gradient of J̃(λ_k). infer has all ∇J̃ but that at λ_K: its inputs.
+        # λ_k·∇J̃(λ_k), with ∇J̃ held constant, has the gradient of J̃(λ_k). infer() has every ∇J̃ but that at λ_K.
         gain = torch.stack(trace[1:]) * torch.stack([*grads[1:], grad])  # (K, trials, n, 2, action_dim)
         log_prob = kl if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
         kl = kl + self.kl_constant

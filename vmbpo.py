@@ -21,7 +21,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
     tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
  3. The exponent of (11) is clamped to ±4 after the division by β; the target critic says its Q. Weights have mean 1.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
- 5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: added.
+ 5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: kept.
  6. Actor and critic have an entropy bonus with tuned α: V'(s') = E[min Q'(s',a') − α log q_ω(a'|s')]. In Appendix C.1
     β-VMBPO has it in the critic alone (`--entropy critic`, with a fixed α), VMBPO not at all (`--entropy none`).
  7. The actor climbs the online critic, not the target. As κ ← ω follows each update, the KL in (13) is but noise.
@@ -65,7 +65,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches
 FIT_RATE = {"two_phase": (0, 8, 2, 0.5, 0), "constant": (1, 1, 1, 1, 1)}  # by --fit-rule: factors on the rate there
-SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit at which it begins: products are float32
+SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit from which on its products are float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
@@ -215,7 +215,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # in place: they are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # relu_ makes no copy
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype, self.norm = activation, dtype, norm
@@ -322,7 +322,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # of dynamics only as fits begin
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics: as fits begin
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
@@ -404,7 +404,7 @@ class Agent(nn.Module):
         if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
             nll = nll * (self.args.variance_weight * log_var.detach()).exp()
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)  # draws them together
-        return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # twice eq. (10), (11), but for constants
+        return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # eq. (10), (11), but for a factor and a constant
 
     def fit_statistics(self, buffer):
         """Fit what needs no gradient: means, deviations, ranges, ends of episodes; returns metrics, each (trials,)."""
@@ -447,10 +447,8 @@ class Agent(nn.Module):
         columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
             members = (elite, range(len(o)))  # each trial's own
-            prior_mean, prior_log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
-            posterior_mean, posterior_log_var = self.moments(self.posterior_model, o, a, members)
-            prior = Normal(prior_mean, (0.5 * prior_log_var).exp())
-            posterior = Normal(posterior_mean, (0.5 * posterior_log_var).exp())
+            both = [self.moments(model, o, a, members) for model in (self.model, self.posterior_model)]
+            prior, posterior = [Normal(mean, (0.5 * log_var).exp()) for mean, log_var in both]  # (trials, n, out)
             sample = posterior.sample()
             next_obs = o + self.targets.inverse(sample)[..., : self.obs_dim]
             reward = self.targets.inverse(prior.sample())[..., self.obs_dim :]
@@ -534,7 +532,7 @@ class Agent(nn.Module):
         policy_action, log_prob = self.actor.sample(obs)
         policy_q = self.critic(torch.cat([obs, policy_action], -1)).amin(0)
         actor_loss = -policy_q  # eq. (13)
-        if self.args.entropy == "both":  # α is tuned by what the actor feels of it
+        if self.args.entropy == "both":  # an α that the actor does not feel cannot be tuned
             alpha = self.log_alpha.exp()
             actor_loss = actor_loss + alpha.detach() * log_prob - alpha * (log_prob.detach() + self.target_entropy)
         self.descend("actor", actor_loss.mean((-2, -1)).sum())

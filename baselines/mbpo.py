@@ -59,7 +59,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches
 FIT_RATE = {"two_phase": (0, 8, 2, 0.5, 0), "constant": (1, 1, 1, 1, 1)}  # by --fit-rule: factors on the rate there
-SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit at which it begins: products are float32
+SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit from which on its products are float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
@@ -201,7 +201,7 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
 
-    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # in place: they are the largest
+    def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # relu_ makes no copy
         super().__init__()
         self.layers = nn.ModuleList(StackedLinear(stack, *pair) for pair in zip(dims, dims[1:]))
         self.activation, self.dtype, self.norm = activation, dtype, norm
@@ -308,7 +308,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # of dynamics only as fits begin
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics: as fits begin
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
@@ -377,7 +377,7 @@ class Agent(nn.Module):
         if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
             nll = nll * (self.args.variance_weight * log_var.detach()).exp()
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)  # draws them together
-        return nll.mean((-2, -1)).sum() + bounds.sum()  # twice eq. (10), but for constants
+        return nll.mean((-2, -1)).sum() + bounds.sum()  # eq. (10), but for a factor and a constant
 
     def fit_statistics(self, buffer):
         """Fit what needs no gradient: means, deviations, ranges, ends of episodes; returns metrics, each (trials,)."""
@@ -471,7 +471,7 @@ class Agent(nn.Module):
         policy_action, log_prob = self.actor.sample(obs)
         policy_q = self.critic(torch.cat([obs, policy_action], -1)).amin(0)
         actor_loss = -policy_q  # eq. (13)
-        if self.args.entropy == "both":  # α is tuned by what the actor feels of it
+        if self.args.entropy == "both":  # an α that the actor does not feel cannot be tuned
             alpha = self.log_alpha.exp()
             actor_loss = actor_loss + alpha.detach() * log_prob - alpha * (log_prob.detach() + self.target_entropy)
         self.descend("actor", actor_loss.mean((-2, -1)).sum())

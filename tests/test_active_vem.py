@@ -321,6 +321,24 @@ def test_the_action_prior_acts_in_imagined_steps():
     assert calls == ["prior_actor"] * 3 + ["actor", "prior_actor"]  # the last two: V
 
 
+@pytest.mark.parametrize("prior", ["learned", "uniform"])
+def test_every_action_of_a_plan_but_the_first_costs_its_kl(prior):
+    """Without rewards Ê = −α Σ_{1≤k<H} γ^k KL(p(a)‖prior) − α γ^H KL(q(a)‖prior); to a uniform, by quadrature over a."""
+    horizon, mean, log_std = 3, 0.4, -0.7
+    agent = simple_planner(horizon, lambda z: (torch.zeros(*z.shape[:-1], 2).double(), torch.zeros_like(z)),
+                           action_prior=prior)
+    agent.log_alpha.data.fill_(math.log(0.2))
+    fixed = lambda z: (torch.full_like(z, mean), torch.full_like(z, log_std))
+    replace(agent, actor=fixed, prior_actor=fixed)
+    z = torch.zeros(1, 100_000, 1).double()
+    bound = agent.planned_bound(z, z).detach()
+    a = torch.linspace(-1 + 1e-7, 1 - 1e-7, 1_000_001).double()
+    log_density = Normal(mean, math.exp(log_std)).log_prob(a.atanh()) - (1 - a.square()).log()
+    kl = torch.trapezoid(log_density.exp() * (log_density + math.log(2)), a).item() if prior == "uniform" else 0
+    expected = -0.2 * kl * sum(0.99**k for k in range(1, horizon + 1))
+    assert bound.mean().item() == pytest.approx(expected, abs=4 * bound.std().item() / math.sqrt(z.numel()) + 1e-9)
+
+
 def test_information_enters_the_plan_with_its_weight():
     bounds = []
     for weight in (0.0, 2.0):
