@@ -255,24 +255,25 @@ def test_imagined_rows_are_of_the_elites_in_turn(script):
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_kl_is_the_tilt_alone(precision):
-    """KL(q‖p) falls as 1/β²: 100 times from β = 100 to 1000; at a constant rate the noise of two fits keeps it up."""
+    """KL(q‖p) falls as 1/β²: 100 times from β = 100 to 1000, in the median of five trials, as few minibatches leave
+    noise; at a constant rate the noise of two fits keeps it up."""
     torch.manual_seed(1)
-    obs, action, zero = torch.randn(1, 1000, 2), 2 * torch.rand(1, 1000, 1) - 1, torch.zeros(1, 1000, 1)
+    obs, action, zero = torch.randn(5, 1000, 2), 2 * torch.rand(5, 1000, 1) - 1, torch.zeros(5, 1000, 1)
     falls = []
     for rule in ("two_phase", "constant"):
         kl = []
         for beta in (100.0, 1000.0):
             torch.manual_seed(1)
-            agent, buffer, _ = build(BETA, obs_dim=2, action_dim=1, beta=beta, fit_rule=rule, max_batches=200,
+            agent, buffer, _ = build(BETA, obs_dim=2, action_dim=1, trials=5, beta=beta, fit_rule=rule, max_batches=200,
                                      epochs=1000, model_dim=64, model_layers=3, ensemble_size=2, num_elites=2, batch_size=64,
                                      matmul_precision=precision)
             agent.value = lambda obs: 10 * obs.sum(-1, keepdim=True)
             buffer.add(obs, action, zero, obs + 0.1 * obs.flip(-1).sin() * action, zero)
             for _ in range(3):
                 metrics = agent.fit_model(buffer)
-            kl.append(metrics["model/kl"].item())
-        falls.append(kl[0] / kl[1])
-    assert 60 < falls[0] < 160 and falls[1] < 60, falls
+            kl.append(metrics["model/kl"])
+        falls.append((kl[0] / kl[1]).median().item())
+    assert 60 < falls[0] < 160 and falls[1] < 10, falls
 
 
 def refits(script, beta2, precision):
