@@ -186,13 +186,6 @@ class ReplayBuffer:
         index = (torch.rand(len(self.trial), n, device=self.storage.device) * count).long()
         return self.storage[self.trial, index]
 
-    def state_dict(self):
-        return {"storage": self.rows().clone(), "added": self.added}
-
-    def load_state_dict(self, state):
-        self.storage[:, : state["storage"].shape[1]] = state["storage"]
-        self.added.copy_(state["added"])
-
 
 class StackedLinear(nn.Module):
     """A stack of independent linear layers: x (*stack, batch, in) -> (*stack, batch, out)."""
@@ -401,8 +394,7 @@ class Agent(nn.Module):
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(model, obs, action)
         nll = (target - mean).square() * (-log_var).exp() + log_var
-        if self.args.variance_weight:  # β-NLL of Seitzer et al. (2022); at 0 the rows of small variance rule
-            nll = nll * (self.args.variance_weight * log_var.detach()).exp()
+        nll *= (self.args.variance_weight * log_var.detach()).exp()  # at 0 plain; else β-NLL (Seitzer et al., 2022)
         bounds = 0.01 / self.args.ensemble_size * (model.max_log_var - model.min_log_var)  # draws them together
         return (weights * nll).mean((-2, -1)).sum() + bounds.sum()  # eq. (10), (11), but for a factor and a constant
 
@@ -595,18 +587,15 @@ if hasattr(ctypes.CDLL(None), "mallopt"):  # keep freed memory: mapping it anew 
 def make_envs(args, n):
     """n environments with flat observations and actions in [-1, 1]; an ended episode restarts in the same step."""
     if args.env_id.startswith("dm_control/"):
-        gym.register_envs(importlib.import_module("shimmy"))
-
-    def wrap(env):
-        space = env.action_space
-        vector = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1
-        span = space.high - space.low if vector else np.zeros(0)
-        if not span.size or not np.all((span > 0) & (span < np.inf)):
-            raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
-        return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
-
+        importlib.import_module("shimmy")  # registers them
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    return gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"}, wrappers=[wrap], **render)
+    envs = gym.make_vec(args.env_id, n, "sync", vector_kwargs={"autoreset_mode": "SameStep"},
+                        wrappers=[gym.wrappers.FlattenObservation], **render)
+    space = envs.single_action_space
+    vector = isinstance(space, gym.spaces.Box) and space.dtype.kind == "f" and len(space.shape) == 1 and space.shape[0]
+    if not (vector and space.is_bounded() and np.all(space.low < space.high)):
+        raise ValueError(f"actions must be a vector of floats between bounds, not {space}")
+    return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
 
 
 @torch.no_grad()
@@ -637,14 +626,13 @@ class Run:
         self.now = load(args, agent, buffers) if args.resume else 0
         if self.now >= args.total_steps:
             fail(f"--total-steps {args.total_steps}: the run is at step {self.now} already")
-        rows = read_metrics(args)
+        old = read_metrics(args)
         with refusing(f"--wandb {args.wandb}"):
             self.wandb = args.wandb != "disabled" and importlib.import_module("wandb").init(
                 project=args.wandb_project, dir=self.dir, mode=args.wandb, config=vars(args))
         self.dir.mkdir(parents=True, exist_ok=bool(args.resume or self.wandb))
         with replacing(self.dir / "metrics.csv") as path:  # what came after the checkpoint comes again
-            rows, names = rows[rows["step"] <= self.now], ",".join(rows.dtype.names)
-            np.savetxt(path, rows, "%d,%d,%s,%.6g", header=names, comments="")
+            np.savetxt(path, old[old["step"] <= self.now], "%d,%d,%s,%g", header="step,trial,metric,value", comments="")
         with replacing(self.dir / "args.json") as path:
             path.write_text(json.dumps(dataclasses.asdict(args), indent=2))
         self.csv = open(self.dir / "metrics.csv", "a", buffering=1)
@@ -685,14 +673,13 @@ class Run:
         obs, action = self.obs, action[:, 0].cpu().numpy()
         obs_after, reward, terminated, truncated, infos = self.envs.step(action)
         next_obs, ended = obs_after.copy(), np.flatnonzero(terminated | truncated)
-        for trial in ended:
-            next_obs[trial] = infos["final_obs"][trial]
-        for name, x in (("action", action), ("observation", obs_after), ("observation", next_obs), ("reward", reward)):
+        if len(ended):
+            next_obs[ended] = np.stack(infos["final_obs"][ended])
+            self.log({"train/return": infos["episode"]["r"], "train/length": infos["episode"]["l"]}, ended)
+        for name, x in {"action": action, "observation": [obs_after, next_obs], "reward": reward}.items():
             if not np.all(np.abs(x) <= np.finfo(np.float32).max):
                 fail(f"step {self.now}: the {name} is not a finite float32; the last checkpoint stays", code=1)
         self.obs = self.column(obs_after)
-        if len(ended):
-            self.log({"train/return": infos["episode"]["r"], "train/length": infos["episode"]["l"]}, ended)
         return obs, self.column(reward), self.column(next_obs), self.column(terminated)
 
     def log(self, metrics, trials=None):
@@ -777,9 +764,10 @@ def draw(args):
 
 def save(args, step, agent, buffers):
     """Write checkpoint.pt."""
+    rows = [{"storage": buffer.rows().clone(), "added": buffer.added} for buffer in buffers]  # of a view all is saved
     state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict(),
-             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()},
-             "buffers": [buffer.state_dict() for buffer in buffers], "rng": torch.get_rng_state()}
+             "opts": {name: opt.state_dict() for name, opt in agent.opts.items()}, "buffers": rows,
+             "rng": torch.get_rng_state()}
     path = Path(args.run_dir, "checkpoint.pt")
     with refusing(f"{path} (is the disk full?)", code=1), replacing(path) as beside:  # of which torch says nothing
         torch.save(state, beside)
@@ -800,7 +788,8 @@ def load(args, agent, buffers=()):
             if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in opt.state.items()):
                 raise ValueError(f"opts.{name} is of other shapes")
         for buffer, saved in zip(buffers, state["buffers"]):
-            buffer.load_state_dict(saved)
+            buffer.storage[:, : saved["storage"].shape[1]] = saved["storage"]
+            buffer.added.copy_(saved["added"])
         torch.cuda.manual_seed_all(args.seed + state["step"])
         torch.set_rng_state(state["rng"])
     return state["step"]
@@ -831,14 +820,13 @@ def refusing(what, code=2):
 def wrong_values(values):
     """(flag, what it allows) of every value that is not of its flag's type or is beyond its limits."""
     for field in dataclasses.fields(Args):
-        value, kind, limits = values[field.name], type(field.default), (-math.inf, math.inf)
-        if get_origin(field.type) is Annotated:
-            kind, limits = get_args(field.type)
+        value, allowed = values[field.name], get_args(field.type)
+        kind, limits = allowed if get_origin(field.type) is Annotated else (type(field.default), None)
         if not isinstance(value, kind):
             yield field.name, f"must be of type {getattr(kind, '__name__', kind)}"
-        elif get_origin(field.type) is Literal and value not in get_args(field.type):
-            yield field.name, f"allowed are {', '.join(get_args(field.type))}"
-        elif isinstance(value, (int, float)) and not limits[0] <= value <= limits[1]:
+        elif get_origin(field.type) is Literal and value not in allowed:
+            yield field.name, f"allowed are {', '.join(allowed)}"
+        elif limits and value is not None and not limits[0] <= value <= limits[1]:
             yield field.name, f"allowed are values from {limits[0]:g} to {limits[1]:g}"
 
 

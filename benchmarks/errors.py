@@ -44,7 +44,7 @@ def balance(script, agent, args, positions):
     starts = np.tile(np.outer(distances, (-1, 1)).flatten(), args.trials)
     envs, stands = script.make_envs(args, len(starts)), np.ones(len(starts), bool)
     envs.reset(seed=args.seed)
-    for env, start in zip(envs.envs, starts):
+    for env, start in zip(envs.unwrapped.envs, starts):
         env.unwrapped.set_state(np.array([start, 0]), np.zeros(2))
     obs = np.stack([starts, *np.zeros((3, len(starts)))], 1)
     for _ in range(300):

@@ -48,11 +48,11 @@ def record(agent, saved, deterministic=False):
     envs = VEM.make_envs(saved, saved.trials * saved.eval_episodes)
     obs, _ = envs.reset(seed=[saved.seed + 10_000 + i for i in range(envs.num_envs)])
     column = lambda x: torch.as_tensor(np.array(x), dtype=torch.float32).view(saved.trials, saved.eval_episodes, -1)
-    if not any(hasattr(envs.envs[0].unwrapped, name) for name in ("velocity", "data", "state")):
+    if not any(hasattr(envs.unwrapped.envs[0].unwrapped, name) for name in ("velocity", "data", "state")):
         fail(f"--runs: the true velocity of {saved.env_id} cannot be read")
     alive, tape, last = np.ones(envs.num_envs, bool), defaultdict(list), None
     while alive.any():
-        seen, velocity = column(obs), column([true_velocity(env.unwrapped) for env in envs.envs])
+        seen, velocity = column(obs), column([true_velocity(env.unwrapped) for env in envs.unwrapped.envs])
         last = last or agent.begin(seen)  # latent state, action, reward, observation
         noisy = agent.perceive(seen, *(last if not tape else (tape["noisy"][-1], *last[1:])))
         latent = agent.perceive(seen, *last, deterministic=True)

@@ -846,11 +846,8 @@ def test_buffer_wraps_and_samples_every_row():
     assert buffer.rows().shape == (2, 7, 5) and set(buffer.sample(2000)[0, :, 0].tolist()) == set(range(7))
     buffer.add(row(7, 7))
     assert buffer.rows().shape == (2, 10, 5) and sorted(buffer.storage[1, :, 0].tolist()) == list(range(4, 14))
-    other = BETA.ReplayBuffer(2, 10, 1, 1, "cpu")
-    other.load_state_dict(buffer.state_dict())
-    other.add(row(14, 1))
     buffer.add(row(14, 1))
-    assert torch.equal(other.storage, buffer.storage) and sorted(buffer.storage[0, :, 0].tolist()) == list(range(5, 15))
+    assert sorted(buffer.storage[0, :, 0].tolist()) == list(range(5, 15))
     drawn = buffer.sample(20_000)[0, :, 0]
     counts = torch.bincount(drawn.long())[5:]
     assert len(counts) == 10 and (counts - 2000).abs().max() < 250  # five standard deviations
