@@ -8,7 +8,7 @@ experiment's NAME is its own. Runs of one task and label are trials of one curve
 """
 
 import dataclasses
-import importlib.util
+import itertools
 import math
 import sys
 from collections import defaultdict
@@ -28,18 +28,20 @@ NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discount
          "model/effective_sample_size": "effective sample size of the weights", "policy/entropy": "policy entropy",
          "eval/return_prior": "evaluation return of p(a)", "policy/kl": "KL of the policy to its prior, nats"}
 # Published means and standard deviations. MBPO: Janner et al. (2019), as stored by erl_lib, early points over the last
-# 5k steps. SAC: erl_lib, eight seeds, at the steps of MBPO's last point.
+# 5k steps; with the 5,000 random steps that their count leaves out. SAC: erl_lib, eight seeds, at MBPO's last point.
 PUBLISHED = {
-    "Hopper-v4": {"MBPO": {10_000: (247, 145), 20_000: (497, 246), 30_000: (641, 209), 50_000: (1646, 793),
-                           100_000: (3314, 334), 125_000: (3279, 454)}, "SAC": {125_000: (2792, 627)}},
-    "Walker2d-v4": {"MBPO": {20_000: (384, 148), 50_000: (783, 544), 100_000: (3485, 1023), 200_000: (4120, 829),
-                             300_000: (4897, 428)}, "SAC": {300_000: (4030, 770)}},
-    "HalfCheetah-v4": {"MBPO": {10_000: (1316, 360), 20_000: (3893, 654), 30_000: (5534, 1117), 50_000: (7830, 603),
-                                100_000: (9563, 688), 200_000: (10654, 1398), 400_000: (13065, 962)},
+    "Hopper-v4": {"MBPO": {15_000: (247, 145), 25_000: (497, 246), 35_000: (641, 209), 55_000: (1646, 793),
+                           105_000: (3314, 334), 130_000: (3279, 454)}, "SAC": {125_000: (2792, 627)}},
+    "Walker2d-v4": {"MBPO": {25_000: (384, 148), 55_000: (783, 544), 105_000: (3485, 1023), 205_000: (4120, 829),
+                             305_000: (4897, 428)}, "SAC": {300_000: (4030, 770)}},
+    "HalfCheetah-v4": {"MBPO": {15_000: (1316, 360), 25_000: (3893, 654), 35_000: (5534, 1117), 55_000: (7830, 603),
+                                105_000: (9563, 688), 205_000: (10654, 1398), 405_000: (13065, 962)},
                        "SAC": {400_000: (9350, 1012)}},
-    "Ant-v4": {"MBPO": {20_000: (656, 53), 50_000: (781, 215), 100_000: (1489, 898), 200_000: (4264, 1341),
-                        300_000: (5368, 633)}, "SAC": {300_000: (4197, 1589)}},
+    "Ant-v4": {"MBPO": {25_000: (656, 53), 55_000: (781, 215), 105_000: (1489, 898), 205_000: (4264, 1341),
+                        305_000: (5368, 633)}, "SAC": {300_000: (4197, 1589)}},
 }
+COLORS = {"MBPO": "C0", "β-VMBPO": "C1", "VMBPO": "C2", "SAC": "C3", "generative": "C4", "discriminative": "C5",
+          "fully observed": "C6"}  # the same in all figures
 
 
 @dataclasses.dataclass
@@ -78,7 +80,7 @@ def collect(args):
     """Rows of the metrics asked for; of at most 199 steps per curve, the last among them, with five digits."""
     trials = defaultdict(int)
     for label, run in runs_of(args):
-        task = args.task or grid.load_json(Path(run) / "args.json").get("env_id", "")
+        task = args.task or grid.load_json(Path(run) / "args.json").get("env_id", "").rpartition(":")[2]
         curves = group([row for row in metrics_of(run) if row[2] in args.metrics], 2)
         for metric in filter(curves.get, args.metrics):
             rows = curves[metric]
@@ -103,6 +105,16 @@ def spread(values, aggregate):
     return middle[""], *interval[""]
 
 
+def styles(labels):
+    """Style of each label's line: a method, named before the comma, has one colour, and its variants are dashed."""
+    methods = [label.split(",")[0] for label in labels]
+    taken = {COLORS.get(method) for method in methods}
+    free = itertools.cycle(color for color in (*(f"C{i}" for i in range(10)), "black") if color not in taken)
+    colors = {method: COLORS.get(method) or next(free) for method in dict.fromkeys(methods)}
+    dashes = [("-", "--", ":")[methods[:i].count(method) % 3] for i, method in enumerate(methods)]
+    return {label: {"color": colors[method], "ls": dash} for label, method, dash in zip(labels, methods, dashes)}
+
+
 def draw_line(args, axis, rows, **style):
     """A line and its band; returns the number of trials."""
     steps, values = curve(rows)
@@ -125,9 +137,9 @@ def draw_published(axis, task, last):
 def draw_panel(args, axis, rows, task, metric, labels):
     lines = group(rows, "label")
     axis.set_yscale("log" if metric in LOG_METRICS else "linear")
-    trials = {draw_line(args, axis, lines[label], label=label, color=f"C{i}", linestyle="-" if i < 10 else "--")
-              for i, label in enumerate(labels) if label in lines}
-    if metric == "eval/return":
+    trials = {draw_line(args, axis, lines[label], label=label, **style)
+              for label, style in styles(labels).items() if label in lines}
+    if metric == "eval/return" and any("MBPO" in label for label in labels):
         draw_published(axis, task, max(int(row["step"]) for row in rows))
     what = {"mean": "mean ± one standard deviation", "iqm": "interquartile mean, 95 % interval"}[args.aggregate]
     what = f"geometric {what}" if metric in LOG_METRICS else what
@@ -154,9 +166,9 @@ def draw(args, rows, figure):
         axis.set_title(f"{task}: {name}" if len(tasks) > 1 else name)
     for axis in axes[len(panels) :]:
         axis.remove()
-    axes[0].legend(fontsize=8 if len(labels) < 8 else 6)
-    if len(tasks) == 1 and not args.title:
-        figure.suptitle(f"{args.name}, {tasks[0]}".removesuffix(", "))
+    legend = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2 * columns, fontsize=8)
+    figure.suptitle(args.title or (tasks[0] if len(tasks) == 1 else ""))
     for (task, label, metric), rows in group(rows, "task", "label", "metric").items():
         yield f"{task} {label}: {tell(rows, args.solved)}".lstrip()
 
@@ -191,8 +203,6 @@ def main(args):
     args.name = args.name or args.experiment
     if not args.name:
         fail("--name: needed, for the csv and the figure")
-    if args.aggregate == "iqm" and not importlib.util.find_spec("rliable"):
-        fail("--aggregate iqm: needs the package rliable (benchmarks/requirements.txt)")
     args.metrics = args.metrics or (() if args.from_csv else ("eval/return",))
     rows = read(args.name) if args.from_csv else [*collect(args)]
     if args.keep:

@@ -94,18 +94,12 @@ def moments(name, values):
     return {name: values.mean().item(), f"{name}_std": values.std(correction=0).item()}
 
 
-def pooled(rows, by, name, within=True):
-    """The distinct values of `by` in the rows (one per trial); mean and standard deviation of `name` over all states
-    and trials, or, without the spread within the trials, over the trials."""
-    x, means = curve(rows, by, name)
-    stds = curve(rows, by, f"{name}_std")[1] if within and f"{name}_std" in rows[0] else 0 * means
-    return x, means.mean(1), (means.var(1) + (stds**2).mean(1)) ** 0.5
-
-
-def line(axis, rows, by, name, within=True, **style):
-    """A line of `name` against `by`, mean ± one standard deviation, as `pooled`; returns the three."""
-    x, mean, std = pooled(rows, by, name, within)
+def line(axis, rows, by, name, **style):
+    """A line of `name` against `by` over the rows (one per trial), mean ± one standard deviation; returns the three."""
+    x, values = curve(rows, by, name)
+    mean, std = values.mean(1), values.std(1)
     band(axis, x, mean, mean - std, mean + std, **style)
+    axis.set_ylabel(f"mean ± one standard deviation, {values.shape[1]} trial(s)", fontsize=7)
     return x, mean, std
 
 
@@ -165,7 +159,7 @@ class Improvement(Experiment):
             shown = [row for row in rows if name != "from_first" or int(row["k"])]
             k, mean, std = line(axis, shown, "k", name, marker=".")
             axis.set(title=title, xlabel=f"iteration k (trained with {rows[0]['trained_iters']})")
-            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over states (episodes) and trials"
+            yield f"{title} at k = {k[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials"
 
 
 @dataclasses.dataclass
@@ -230,15 +224,12 @@ class Gap(Experiment):
 
     def draw(self, rows, figure):
         axes = figure.subplots(1, 2)
-        titles = {"gap": "J̃(Adam's best) − J̃(λ_K)", "share": "… as a share of what λ_0 misses"}
+        titles = {"gap_fresh": "J̃(Adam's best) − J̃(λ_K)", "share_fresh": "… as a share of what λ_0 misses"}
         for axis, (name, title) in zip(axes, titles.items()):
             for mode, lines in group(rows, "mode").items():
-                steps, mean, std = line(axis, lines, "step", name, within=False, marker=".", label=mode)
-                fresh = pooled(lines, "step", f"{name}_fresh", within=False)[1]
-                axis.plot(steps, fresh, ":", color=axis.lines[-1].get_color())
-                yield (f"{mode}: {name} at step {steps[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials, "
-                       f"{fresh[-1]:.4g} on fresh noise")
-            axis.set(title=f"{title}; dotted: fresh noise", xlabel="environment steps per trial")
+                steps, mean, std = line(axis, lines, "step", name, marker=".", label=mode)
+                yield f"{mode}: {name} at step {steps[-1]:.0f}: {mean[-1]:.4g} ± {std[-1]:.4g} over trials"
+            axis.set(title=title, xlabel="environment steps per trial")
         axes[0].legend(fontsize=8)
 
 

@@ -161,10 +161,9 @@ def draw(rows, figure):
                 if lines := found.get((label, metric.replace("true", name))):
                     first.plot(*curve(lines), style, color=f"C{2 * i + (name == 'decoded')}", label=name)
         for i, (axis, metric) in enumerate(zip(axes, dims)):
-            axis.set_title(f"observation {i}")
-            if (label, metric) in found:
-                axis.plot(*curve(found[label, metric]), color="black", label="seen")
+            axis.set_title(f"{label}: observation {i}")
             if means := found.get((label, metric.replace("true", "mean"))):
+                axis.plot(*curve(found[label, metric]), color="black", label="seen")
                 (steps, mean), (_, std) = curve(means), curve(found[label, metric.replace("true", "std")])
                 low, high = (mean - 2 * std)[:, 0], (mean + 2 * std)[:, 0]
                 band(axis, steps, mean[:, 0], low, high, color="C3", label="foreseen, ± 2 std")
@@ -182,7 +181,7 @@ def main(args):
         torch.set_num_threads(1)
         runs = labelled(args.runs, args.labels)
         rows = (dict(zip(names, row)) for label, run in runs for row in measure(args, label, run))
-    return publish(args.out, rows, draw, (10, 4))
+    return publish(args.out, rows, draw, (10, 4), "The velocity that z knows, and what the model foresees")
 
 
 if __name__ == "__main__":

@@ -282,25 +282,25 @@ def test_figure_of_an_experiment(here, drawn, monkeypatch):
     """A panel per task, published points where there are any; runs of one task and label are trials of one curve."""
     table = here / "experiments.toml"
     table.write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\nseeds = [1, 2]\n'
-                     '[made_up.runs]\n"x y" = "s.py"\n"β" = "s.py"\n')
+                     '[made_up.runs]\n"x MBPO" = "s.py"\n"β" = "s.py"\n')
     monkeypatch.setattr(FIGURES.grid, "Args", functools.partial(FIGURES.grid.Args, table=str(table)))
     for env in ("Hopper-v4", "b/B-v0"):
-        for run in ("x_y_s1", "x_y_s2", "β_s1"):
+        for run in ("x_MBPO_s1", "x_MBPO_s2", "β_s1"):
             place = here / "runs/made_up" / env.replace("/", "_") / run
             place.mkdir(parents=True)
             (place / "args.json").write_text(json.dumps({"env_id": env}))
-            steps = range(10_000, 40_000, 10_000) if run == "x_y_s2" else range(10_000, 60_000, 10_000)
+            steps = range(10_000, 40_000, 10_000) if run == "x_MBPO_s2" else range(10_000, 60_000, 10_000)
             lines = [f"{step},{trial},eval/return,{step + trial}" for step in steps for trial in (0, 1)]
             (place / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(lines) + "\n")
     assert FIGURES.main(FIGURES.Args(experiment="made_up", runs_dir=str(here / "runs"))) == 0
     rows = common.read("made_up")
-    assert {row["task"] for row in rows} == {"Hopper-v4", "b/B-v0"} and {row["label"] for row in rows} == {"x y", "β"}
-    trials = {label: {row["trial"] for row in rows if row["label"] == label} for label in ("x y", "β")}
-    assert trials == {"x y": {*"0123"}, "β": {*"01"}}
+    assert {row["task"] for row in rows} == {"Hopper-v4", "b/B-v0"} and {row["label"] for row in rows} == {"x MBPO", "β"}
+    trials = {label: {row["trial"] for row in rows if row["label"] == label} for label in ("x MBPO", "β")}
+    assert trials == {"x MBPO": {*"0123"}, "β": {*"01"}}
     hopper, other = drawn[0].axes
     assert hopper.get_title() == "Hopper-v4: evaluation return" and other.get_title() == "b/B-v0: evaluation return"
     lines = {line.get_label(): line.get_xdata() for line in other.get_lines()}
-    assert [*lines["x y"]] == [10_000, 20_000, 30_000] and [*lines["β"]] == [*range(10_000, 60_000, 10_000)]
+    assert [*lines["x MBPO"]] == [10_000, 20_000, 30_000] and [*lines["β"]] == [*range(10_000, 60_000, 10_000)]
     published = [container.get_label() for container in hopper.containers]
     assert published == ["MBPO, published"] and not other.containers
 

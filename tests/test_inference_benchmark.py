@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
+from matplotlib.figure import Figure
 
 sys.path.append(str(ROOT / "benchmarks"))
 import common
@@ -147,14 +148,12 @@ def test_best_of_adam_against_a_grid(prior):
 # Tables
 
 
-def test_pooled_spread_is_that_of_all_states_and_trials():
+def test_a_line_is_the_mean_over_trials():
     values = torch.randn(2, 3, 7)  # (k, trials, states)
     rows = [{"k": k, **INF.moments("x", values[k, trial])} for k in (1, 0) for trial in range(3)]
-    k, mean, std = INF.pooled(rows, "k", "x")
+    k, mean, std = INF.line(Figure().subplots(), rows, "k", "x")
     assert k.tolist() == [0, 1]
     np.testing.assert_allclose(mean, values.flatten(1).mean(1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(std, values.flatten(1).std(1, correction=0), rtol=1e-5)
-    std = INF.pooled(rows, "k", "x", within=False)[2]
     np.testing.assert_allclose(std, values.mean(2).std(1, correction=0), rtol=1e-5)
 
 
