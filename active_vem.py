@@ -210,7 +210,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
+    """A stack of independent perceptrons, whose hidden layers may be normalised and computed in another dtype."""
 
     def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # relu_ makes no copy
         super().__init__()
@@ -696,7 +696,7 @@ class Run:
 
     def reset(self):
         """Begin new episodes, as a resumed run does."""
-        obs, _ = self.envs.reset(seed=self.args.seed + self.now)  # trial i: and i more
+        obs, _ = self.envs.reset(seed=self.args.seed + self.now)  # of trial i: seed + now + i
         self.obs, self.restart = self.column(obs), self.now
 
     def column(self, x):
@@ -752,7 +752,7 @@ class Run:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
             self.log(metrics)
             self.log({"time/sps": np.array([(self.now - step) / (self.timed[1] - before)])}, [-1])
-        self.over = last or bool(self.stop)  # looked at once: what ends the run is saved
+        self.over = last or bool(self.stop)  # asked once, so that a run that ends is always saved
         if self.now % args.save_every == 0 or self.over:
             for name, parameter in self.agent.named_parameters():
                 if not parameter.isfinite().all():
@@ -765,11 +765,11 @@ class Run:
 
 
 def set_precision(args):
-    """At medium float32 products stay exact. PyTorch's own medium is exact without AMX, and faster than its highest."""
-    if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    """At medium float32 products stay exact. PyTorch's medium rounds them on GPUs and with AMX; else it is faster."""
+    if not args.device.startswith("cuda") and not torch.cpu.get_capabilities().get("avx512_bf16"):
         args.matmul_precision = "highest"  # bfloat16 would be slower than float32
-    rounds = args.device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
-    precision = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
+    rounded = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("amx_bf16")
+    precision = "highest" if rounded and args.matmul_precision == "medium" else args.matmul_precision
     torch.set_float32_matmul_precision(precision)
 
 
@@ -834,7 +834,7 @@ def load(args, agent, buffers=()):
         agent.load_state_dict(state["agent"])
         for name, opt in agent.opts.items():
             opt.load_state_dict(state["opts"][name])
-            if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in opt.state.items()):
+            if any(adam_state["exp_avg"].shape != parameter.shape for parameter, adam_state in opt.state.items()):
                 raise ValueError(f"opts.{name} is of other shapes")
         for buffer, saved in zip(buffers, state["buffers"]):
             buffer.storage[:, : saved["storage"].shape[1]] = saved["storage"]
@@ -908,7 +908,7 @@ def parse_args(argv=None):
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device).item()
         if args.cuda_graph:
-            torch.cuda.get_device_properties(args.device)
+            torch.cuda.set_device(torch.empty(0, device=args.device).device)  # graphs are recorded on the current one
             importlib.import_module("tensordict")
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)

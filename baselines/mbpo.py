@@ -14,7 +14,8 @@ states, mixed with real transitions as in the authors' code.
     J(ψ) = E_model[(Q_ψ(s,a) − r − γ V'(s'))²],  V'(s') = E_π[min Q'(s',a') − α log π(a'|s')]           (12)
     J(ω) = E_model[E_{a~π}[α log π(a|s) − min Q(s,a)]],  J(α) = E[−α (log π(a|s) + target entropy)]     (13)
 
-The numbers are those of the β-VMBPO paper, whose objectives these are where q is p, but for the terms with α.
+E_env is over replayed transitions, E_model over imagined ones; Q' are target critics. The numbers are those of the
+β-VMBPO paper, whose objectives these are where q is p, but for the terms with α.
 Deviations from Janner et al., each with the flag that goes back where there is one; docs/mbpo.md says more:
  1. A fit makes a fixed number of passes, within bounds on its minibatches; theirs stops early, by the hold-out error.
  2. Within a fit the rate rises and falls to zero. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one.
@@ -57,9 +58,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches
-FIT_RATE = {"two_phase": (0, 8, 2, 0.5, 0), "constant": (1, 1, 1, 1, 1)}  # by --fit-rule: factors on the rate there
-SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit from which on its products are float32
+FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches; what follows is by --fit-rule
+FIT_RATE = {"two_phase": (0, 8, 2, 0.5, 0), "constant": (1, 1, 1, 1, 1)}  # factors on the rate there, linear between
+SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit from which on q, if any, learns; then all is float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
@@ -112,7 +113,7 @@ class Args:
     model_layers: Count = 4  # hidden layers of the dynamics
     model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics
     fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit proceeds (deviation 2)
-    variance_weight: Fraction = 0.0  # losses count by their variance to this power; 0.5 to 1 for rare rewards
+    variance_weight: Fraction = 0.0  # rows count by their predicted variance to this power; 0.5 to 1 for rare rewards
     fit_every: Count = 250  # environment steps between fits
     epochs: Count = 5  # passes over the data per fit
     min_first_batches: Count = 400  # least minibatches of the first fit: five passes over a small buffer are too few
@@ -147,7 +148,7 @@ class Args:
 
 
 class ReplayBuffer:
-    """Ring of transitions per trial; one row holds obs, action, reward, next_obs, terminated."""
+    """Ring of transitions per trial: obs, action, reward, next_obs, terminated or its probability."""
 
     def __init__(self, trials, capacity, obs_dim, action_dim, device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
@@ -192,7 +193,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """A stack of independent perceptrons, whose hidden layers may be normalised, and of another dtype than the rest."""
+    """A stack of independent perceptrons, whose hidden layers may be normalised and computed in another dtype."""
 
     def __init__(self, stack, dims, activation=torch.relu_, dtype=None, norm=False):  # relu_ makes no copy
         super().__init__()
@@ -301,13 +302,13 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
         self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics: as fits begin
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics: until SECOND_PHASE
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
         self.critic_target = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
         self.critic_target.load_state_dict(self.critic.state_dict())
-        log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # fixed, as in mbpo_pytorch
+        log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # else fixed, at what the paper's code base has
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
 
@@ -350,7 +351,7 @@ class Agent(nn.Module):
         return self.terminator(next_obs)
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of normalised (Δobs, reward), of all or chosen members: (ensemble, trials, n, out)."""
+        """Mean and log-variance of normalised (Δobs, reward), of members at an index: (ensemble, trials, n, out)."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -362,7 +363,7 @@ class Agent(nn.Module):
         opt.step()
 
     def model_loss(self, model, batch):
-        """Gaussian loss of one minibatch per member (ensemble, trials, n, ·); summed."""
+        """Gaussian loss of one minibatch per member (ensemble, trials, n, ·); summed over members."""
         obs, action, reward, next_obs, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(model, obs, action)
@@ -378,7 +379,7 @@ class Agent(nn.Module):
         foreseen = self.termination(obs[:, new], action[:, new], next_obs[:, new])  # by the last fit
         self.inputs.fit(buffer.rows()[..., : self.obs_dim + action.shape[-1]])
         target = torch.cat([next_obs, reward], -1)
-        target[..., : self.obs_dim] -= obs  # in place, as they are the largest temporaries of a run
+        target[..., : self.obs_dim] -= obs  # in place: a copy would be the largest temporary of a run
         self.targets.fit(target)
         self.state_range[0] = torch.minimum(obs.amin(1, keepdim=True), next_obs.amin(1, keepdim=True))
         self.state_range[1] = torch.maximum(obs.amax(1, keepdim=True), next_obs.amax(1, keepdim=True))
@@ -389,15 +390,15 @@ class Agent(nn.Module):
     @torch.no_grad()
     def predict(self, obs, action):
         """s', r ~ p_θ and P(end at s'): (trials, n, ·) each; rows are dealt to the elites in equal chunks."""
-        columns, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
+        chunks, elites = [], self.elites.repeat(4, 1)  # four chunks each, for smaller temporaries
         for elite, o, a in zip(elites, obs.chunk(len(elites), 1), action.chunk(len(elites), 1)):
             members = (elite, range(len(o)))  # each trial's own
             mean, log_var = self.moments(self.model, o, a, members)  # (trials, n, out)
             sample = self.targets.inverse(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
             next_obs = o + sample[..., : self.obs_dim]
             reward = sample[..., self.obs_dim :]
-            columns.append((next_obs.clamp(*self.state_range), reward, self.termination(o, a, next_obs)))
-        return [torch.cat(column, 1) for column in zip(*columns)]
+            chunks.append((next_obs.clamp(*self.state_range), reward, self.termination(o, a, next_obs)))
+        return [torch.cat(column, 1) for column in zip(*chunks)]
 
     @torch.no_grad()
     def assess(self, buffer):
@@ -408,7 +409,7 @@ class Agent(nn.Module):
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         prior_error = (self.moments(self.model, obs, action)[0] - target).square().mean((-2, -1))  # (ensemble, trials)
         self.elites.copy_(prior_error.topk(len(self.elites), dim=0, largest=False).indices)
-        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)  # held out or not
+        obs, action, _, next_obs, terminated = buffer.sample(1000).split(buffer.widths, -1)  # of all rows
         imagined_obs, _, imagined_end = self.predict(obs, action)
         gap = (1 - imagined_end) * self.value(imagined_obs) - (1 - terminated) * self.value(next_obs)
         return {"model/prior_error": prior_error.mean(0), "model/optimism_gap": gap.mean((-2, -1))}
@@ -432,13 +433,11 @@ class Agent(nn.Module):
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
             self.descend("models", self.model_loss(self.model, batch))
 
-        first_step = captured(partial(minibatch, second=False), args)
-        second_step = captured(partial(minibatch, second=True), args)
+        steps = [captured(partial(minibatch, second), args) for second in (False, True)]
         start = int(SECOND_PHASE[args.fit_rule] * batches)
         for i in range(batches):
             rate.fill_(args.model_learning_rate * np.interp((i + 0.5) / batches, FIT_SHARES, FIT_RATE[args.fit_rule]))
-            step = first_step if i < start else second_step
-            step()
+            steps[i >= start]()
         return metrics | self.assess(buffer)
 
     @torch.no_grad()
@@ -586,7 +585,7 @@ class Run:
 
     def reset(self):
         """Begin new episodes, as a resumed run does."""
-        obs, _ = self.envs.reset(seed=self.args.seed + self.now)  # trial i: and i more
+        obs, _ = self.envs.reset(seed=self.args.seed + self.now)  # of trial i: seed + now + i
         self.obs, self.restart = self.column(obs), self.now
 
     def column(self, x):
@@ -642,7 +641,7 @@ class Run:
             (step, before), self.timed = self.timed, (self.now, time.perf_counter())
             self.log(metrics)
             self.log({"time/sps": np.array([(self.now - step) / (self.timed[1] - before)])}, [-1])
-        self.over = last or bool(self.stop)  # looked at once: what ends the run is saved
+        self.over = last or bool(self.stop)  # asked once, so that a run that ends is always saved
         if self.now % args.save_every == 0 or self.over:
             for name, parameter in self.agent.named_parameters():
                 if not parameter.isfinite().all():
@@ -655,11 +654,11 @@ class Run:
 
 
 def set_precision(args):
-    """At medium float32 products stay exact. PyTorch's own medium is exact without AMX, and faster than its highest."""
-    if args.device == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    """At medium float32 products stay exact. PyTorch's medium rounds them on GPUs and with AMX; else it is faster."""
+    if not args.device.startswith("cuda") and not torch.cpu.get_capabilities().get("avx512_bf16"):
         args.matmul_precision = "highest"  # bfloat16 would be slower than float32
-    rounds = args.device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16")
-    precision = "highest" if rounds and args.matmul_precision == "medium" else args.matmul_precision
+    rounded = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("amx_bf16")
+    precision = "highest" if rounded and args.matmul_precision == "medium" else args.matmul_precision
     torch.set_float32_matmul_precision(precision)
 
 
@@ -724,7 +723,7 @@ def load(args, agent, buffers=()):
         agent.load_state_dict(state["agent"])
         for name, opt in agent.opts.items():
             opt.load_state_dict(state["opts"][name])
-            if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in opt.state.items()):
+            if any(adam_state["exp_avg"].shape != parameter.shape for parameter, adam_state in opt.state.items()):
                 raise ValueError(f"opts.{name} is of other shapes")
         for buffer, saved in zip(buffers, state["buffers"]):
             buffer.storage[:, : saved["storage"].shape[1]] = saved["storage"]
@@ -798,7 +797,7 @@ def parse_args(argv=None):
     with refusing(f"--device {args.device}" + " --cuda-graph" * args.cuda_graph):
         torch.zeros(1, device=args.device).item()
         if args.cuda_graph:
-            torch.cuda.get_device_properties(args.device)
+            torch.cuda.set_device(torch.empty(0, device=args.device).device)  # graphs are recorded on the current one
             importlib.import_module("tensordict")
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)

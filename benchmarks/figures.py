@@ -25,8 +25,9 @@ LOG_METRICS = {"model/beta", "model/kl", "model/prior_error", "model/posterior_e
 NAMES = {"eval/return": "evaluation return", "eval/discounted_return": "discounted return", "model/beta": "β",
          "model/kl": "KL(q‖p), nats", "model/prior_error": "hold-out error of p", "value/q": "Q",
          "model/posterior_error": "hold-out error of q", "model/optimism_gap": "optimism gap, value units",
-         "model/effective_sample_size": "effective sample size of the weights", "policy/entropy": "policy entropy",
-         "eval/return_prior": "evaluation return of p(a)", "policy/kl": "KL of the policy to its prior, nats"}
+         "model/effective_sample_size": "effective sample size of the weights", "model/information": "information",
+         "eval/return_prior": "evaluation return of p(a)", "policy/entropy": "policy entropy",
+         "model/log_likelihood": "log p(x, r | z)", "model/log_marginal": "log p(x, r | z, a before)"}
 # Published means and standard deviations. MBPO: Janner et al. (2019), as stored by erl_lib, early points over the last
 # 5k steps; with the 5,000 random steps that their count leaves out. SAC: erl_lib, eight seeds, at MBPO's last point.
 PUBLISHED = {
@@ -41,7 +42,8 @@ PUBLISHED = {
                         305_000: (5368, 633)}, "SAC": {300_000: (4197, 1589)}},
 }
 COLORS = {"MBPO": "C0", "β-VMBPO": "C1", "VMBPO": "C2", "SAC": "C3", "generative": "C4", "discriminative": "C5",
-          "fully observed": "C6"}  # the same in all figures
+          "fully observed": "C6"}  # the same in all figures; others have what is left of
+PALETTE = [*(f"C{i}" for i in range(10)), "black"]
 
 
 @dataclasses.dataclass
@@ -107,9 +109,9 @@ def spread(values, aggregate):
 
 def styles(labels):
     """Style of each label's line: a method, named before the comma, has one colour, and its variants are dashed."""
+    labels = sorted(labels, key=lambda label: "," in label)  # methods as they are come first
     methods = [label.split(",")[0] for label in labels]
-    taken = {COLORS.get(method) for method in methods}
-    free = itertools.cycle(color for color in (*(f"C{i}" for i in range(10)), "black") if color not in taken)
+    free = itertools.cycle(color for color in PALETTE if color not in map(COLORS.get, methods))
     colors = {method: COLORS.get(method) or next(free) for method in dict.fromkeys(methods)}
     dashes = [("-", "--", ":")[methods[:i].count(method) % 3] for i, method in enumerate(methods)]
     return {label: {"color": colors[method], "ls": dash} for label, method, dash in zip(labels, methods, dashes)}
@@ -119,10 +121,10 @@ def draw_line(args, axis, rows, **style):
     """A line and its band; returns the number of trials."""
     steps, values = curve(rows)
     if rows[0]["metric"] in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
-        middle, low, high = (np.exp(x) for x in spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
+        found = np.exp(spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
     else:
-        middle, low, high = spread(values, args.aggregate)
-    band(axis, steps, middle, low, high, **style)
+        found = spread(values, args.aggregate)
+    band(axis, steps, *found, **style)
     return values.shape[1]
 
 
@@ -135,15 +137,14 @@ def draw_published(axis, task, last):
 
 
 def draw_panel(args, axis, rows, task, metric, labels):
-    lines = group(rows, "label")
     axis.set_yscale("log" if metric in LOG_METRICS else "linear")
-    trials = {draw_line(args, axis, lines[label], label=label, **style)
-              for label, style in styles(labels).items() if label in lines}
+    trials = {draw_line(args, axis, lines, label=label, **styles(labels)[label])
+              for label, lines in group(rows, "label").items()}
     if metric == "eval/return" and any("MBPO" in label for label in labels):
         draw_published(axis, task, max(int(row["step"]) for row in rows))
     what = {"mean": "mean ± one standard deviation", "iqm": "interquartile mean, 95 % interval"}[args.aggregate]
-    what = f"geometric {what}" if metric in LOG_METRICS else what
-    counts = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
+    what = "geometric " * (metric in LOG_METRICS) + what
+    counts = " to ".join(map(str, sorted({min(trials), max(trials)})))
     axis.set_xlabel("environment steps per trial")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k
     axis.set_ylabel("one trial" if counts == "1" else f"{what}, {counts} trials", fontsize=7)

@@ -14,7 +14,6 @@ FENCE = "# " + "-" * 118 + "\n# Below: the same in every script."
 
 # Names above the fence whose source is the algorithm's own, with the reason. Methods are compared as Class.method.
 DIFFERS = {
-    "Risk": "β may be negative where it is fixed",
     "train": "the algorithm's loop",
     "Agent": "names the script's own steps",
 }
