@@ -619,7 +619,7 @@ def evaluate(agent, envs, args, stop=()):
     """Metric -> (trials, episodes), for q(a) and then p(a): the means of q(z) and of the actions, on fixed seeds."""
     metrics = {}
     for policy, suffix in (("posterior", ""), ("prior", "_prior")):
-        obs, _ = envs.reset(seed=args.seed + 10_000)
+        obs, _ = envs.reset(seed=args.seed + 10**9)  # never training's, which are seed + step
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
         alive = np.ones(envs.num_envs, bool)
         last = None

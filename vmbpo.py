@@ -600,7 +600,7 @@ def make_envs(args, n):
 @torch.no_grad()
 def evaluate(agent, envs, args, stop=()):
     """Metric -> (trials, episodes) of one episode per environment: deterministic actions, fixed seeds."""
-    obs, _ = envs.reset(seed=args.seed + 10_000)
+    obs, _ = envs.reset(seed=args.seed + 10**9)  # never training's, which are seed + step
     returns, discounted, lengths = np.zeros((3, envs.num_envs))
     alive = np.ones(envs.num_envs, bool)
     while alive.any() and lengths.max() < args.max_eval_steps and not stop:

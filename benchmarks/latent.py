@@ -46,7 +46,7 @@ def record(agent, saved, deterministic=False):
     of obs, the reward received with it, the latent state inferred then (its mean, and with noise as in training), the
     action and the true velocity then, and alive, 1 where the episode was not over yet."""
     envs = VEM.make_envs(saved, saved.trials * saved.eval_episodes)
-    obs, _ = envs.reset(seed=[saved.seed + 10_000 + i for i in range(envs.num_envs)])
+    obs, _ = envs.reset(seed=[saved.seed + 10**9 + i for i in range(envs.num_envs)])
     column = lambda x: torch.as_tensor(np.array(x), dtype=torch.float32).view(saved.trials, saved.eval_episodes, -1)
     if not any(hasattr(envs.unwrapped.envs[0].unwrapped, name) for name in ("velocity", "data", "state")):
         fail(f"--runs: the true velocity of {saved.env_id} cannot be read")

@@ -59,7 +59,7 @@ def train(args, trial, file):
         def _on_step(self):
             step = self.num_timesteps
             if step % args.eval_every == 0 or step == args.total_steps:
-                envs.seed(args.seed + 10_000 + trial * args.eval_episodes)  # environment i gets this plus i
+                envs.seed(args.seed + 10**9 + trial * args.eval_episodes)  # environment i gets this plus i
                 score, _ = evaluate_policy(self.model, envs, args.eval_episodes)
                 speed = (step - self.before) / (time.perf_counter() - self.clock)
                 file.write(f"{step},{trial},eval/return,{score:.6g}\n{step},{trial},time/sps,{speed:.6g}\n")

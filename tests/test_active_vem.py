@@ -929,7 +929,7 @@ def test_evaluation_follows_the_filter(tmp_path, capsys):
         returns = found[f"eval/return{suffix}"]
         for i in range(6):
             env, trial = gym.make("Pendulum-v1"), i // 3
-            obs = env.reset(seed=1 + 10_000 + i)[0]
+            obs = env.reset(seed=1 + 10**9 + i)[0]
             latent, action, reward, total, discounted = agent.first_latent, torch.zeros(2, 1, 1), 0.0, 0.0, 0.0
             last_obs = obs
             for t in range(200):

@@ -846,7 +846,7 @@ def test_evaluate_prints_the_returns_of_the_saved_agent(name, finished, copy_of,
     before, returns = files(folder), np.zeros((2, 3))
     env = gym.make("InvertedPendulum-v4")
     for i in range(6):
-        obs, over = env.reset(seed=1 + 10_000 + i)[0], False
+        obs, over = env.reset(seed=1 + 10**9 + i)[0], False
         while not over:
             with torch.no_grad():
                 mean = mean_of(torch.as_tensor(obs, dtype=torch.float32).expand(2, 1, 4))[0][i // 3, 0]
