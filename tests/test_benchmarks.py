@@ -430,4 +430,5 @@ def test_peers_leave_a_run(here, monkeypatch):
     PEERS.main(args)
     rows = [row for row in common.metrics_of("run") if row[2] == "eval/return"]
     assert [row[:2] for row in rows] == [(30, 0), (60, 0), (30, 1), (60, 1)] and len({row[3] for row in rows}) == 4
-    assert seeds == [[10_001, 10_002]] * 2 + [[10_003, 10_004]] * 2
+    first = 10**9 + 1
+    assert seeds == [[first, first + 1]] * 2 + [[first + 2, first + 3]] * 2

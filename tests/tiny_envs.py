@@ -22,7 +22,7 @@ class Counter(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.base, self.episode = 1000 * seed, -1
+            self.base, self.episode = 1000 * (seed % 10_000), -1  # float32 holds it
         self.episode, self.count, self.received = self.episode + 1, 0, 0.0
         return self.observe(), {}
 
