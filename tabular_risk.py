@@ -368,7 +368,7 @@ def plot_dynamics(args, mdp, figure):
             axis.text(x, y, text, color=colour, ha="center", va="center", weight="bold")
         axis.set(title="real dynamics" if np.isinf(beta) else f"posterior dynamics, β = {beta:g}", aspect="equal",
                  xticks=[], yticks=[], xlim=(-0.7, 9.7), ylim=(9.6, -1.2),
-                 xlabel="in reality: return {:.3g}, {:.2g} falls an episode".format(*ends))
+                 xlabel="in reality: return {:.4g}, {:.3g} falls an episode".format(*ends))
     figure.supxlabel("Arrows: where the action 'right' leads, as long as it is likely; red: into the cliff (−100)."
                      "\nBlue: the way to the goal G that is best if these dynamics hold.", fontsize=11)
     header = ["beta", "row", "column", "p_up", "p_left", "p_down", "p_right", "greedy_action", "on_path"]
@@ -481,7 +481,7 @@ def main(argv):
     try:
         from matplotlib.figure import Figure
         for name, (csv_path, png_path) in files.items():
-            figure = Figure(figsize=(14, 5.6), layout="constrained")
+            figure = Figure(figsize=(14, 5.8), layout="constrained")
             rows, table = PLOTS[name](args, mdp, figure)
             with open(csv_path, "w", newline="") as file:
                 file.write(f"# python tabular_risk.py {' '.join(argv)}\n")
