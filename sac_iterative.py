@@ -16,18 +16,20 @@ of the action, p_θ(a|s) is its prior, and reinforcement learning is variational
     μ ← ω_φ ⊙ μ + (1 − ω_φ) ⊙ f_φ(s, ∇_μ J̃), and the same for σ                                         (15)
 
 The E-step infers λ = (μ, σ) of π in each state: by one guess of a network from the state (direct inference, as in SAC),
-or from the prior on by K updates (15), for which the network also sees ∇J̃. f_φ is what it proposes, ω_φ the share of
-the old λ that stays. The network learns to raise J̃, critics learn (8, 9). The M-step fits the prior, here a constant.
+or, starting at the prior, by K updates (15), for which the network also sees ∇J̃. f_φ is what it proposes, ω_φ the
+share of the old λ that stays. The network learns to raise J̃, critics learn (8, 9). The M-step fits the prior, here a
+constant.
 
 Deviations from the paper, each with the flag that goes back where there is one; docs/sac_iterative.md says why:
  1. f_φ and ω_φ also see μ and log σ. `--inputs grads`: (15).
  2. λ holds log σ, not σ: gradients and updates are those of log σ. The proposed log σ is bounded.
- 3. ∇J̃ is scaled to a root mean square of 1. `--input-norm none`: as it is; `layer`: as in the author's code.
- 4. φ climbs the mean of J̃ after each of the K updates, through that update alone. The paper does not say which J̃.
+ 3. ∇J̃ is scaled to a root mean square of 1. `--input-norm none`: as it is; `layer`: as in the authors' code.
+ 4. φ climbs the mean of J̃(λ_1), ..., J̃(λ_K), each through the last update alone. The paper does not say which J̃.
  5. Q is the minimum of twin critics, as in SAC. `--pessimism 0`: their mean.
  6. 10 action samples instead of 200 where there is no GPU. `--action-samples 200`.
  7. Evaluation draws nothing: it acts with tanh μ, and the noise in ∇J̃ is fixed.
- 8. α is tuned, to a KL from the prior; the paper does not say how. σ of the prior is 1, and λ_0 is the prior.
+ 8. α is tuned by SAC's rule, but to a KL from the prior, not to an entropy. σ of the prior is 1, and λ_0 is the prior;
+    the paper gives neither.
 
     python sac_iterative.py --env-id HalfCheetah-v4
     python sac_iterative.py --inference direct --prior uniform --action-samples 1    # is SAC
@@ -97,15 +99,15 @@ class Args:
     critic_norm: bool = False  # layer norm in the critics: bounds values where there is no data
     learning_rate: Positive = 3e-4  # Adam's, of actor, critics and α
     updates_per_step: Count = 1  # actor-critic updates per environment step
-    target_entropy: Number = None  # α is tuned to a KL of |A| ln 2 less this many nats; default −(action dimensions)
+    target_entropy: Number = None  # H: α is tuned to a KL of |A| ln 2 − H, SAC's rule for a uniform prior; default −|A|
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     inference: Literal["iterative", "direct"] = "iterative"  # how the policy comes about: K gated updates, or one guess
     inference_iters: Count = 2  # K: iterations of iterative inference
     action_samples: Annotated[int, (0, 1e6)] = 0  # actions that estimate J̃ of a state; 0: 200 on CUDA, 10 on the CPU
     prior: Literal["gaussian", "uniform"] = "gaussian"  # prior of the action: tanh of N(0, prior_std²), or uniform
-    prior_std: Annotated[float, (0.01, 100)] = 1.0  # of the Gaussian prior; inference starts there under either prior
+    prior_std: Annotated[float, (0.01, 100)] = 1.0  # σ of the Gaussian prior, and of λ_0 under either prior
     inputs: Literal["params_grads", "grads"] = "params_grads"  # inference network sees state, λ and ∇J̃, or no λ
-    input_norm: Literal["rms", "layer", "none"] = "rms"  # ∇J̃ per state to unit size; or standardised, as is λ; or raw
+    input_norm: Literal["rms", "layer", "none"] = "rms"  # ∇J̃ over its rms; λ and ∇J̃ standardised; both as they are
     pessimism: Annotated[float, (0, 100)] = 0.5**0.5  # c of mean − c·std over the twin critics; √½ is their minimum
 
     def conflicts(self):
@@ -196,7 +198,7 @@ class InferenceNetwork(StackedMLP):
         self.args = args
 
     def encode(self, params, grad):
-        """λ and ∇J̃ (trials, n, 2, action_dim) as the network sees them: (trials, n, ·)."""
+        """λ and its ∇J̃, (trials, n, 2, action_dim) each, as the network sees them: (trials, n, ·)."""
         if self.args.input_norm == "rms":
             grad = F.rms_norm(grad, grad.shape[-1:], eps=1e-12)
         seen = torch.cat([params, grad], -2) if self.args.inputs == "params_grads" else grad
@@ -206,21 +208,21 @@ class InferenceNetwork(StackedMLP):
 
     def forward(self, obs, params, grad):
         """A proposal for λ, and the share of the old λ that stays: (trials, n, 2, action_dim) each; direct: 0."""
-        inputs = obs if grad is None else torch.cat([obs, self.encode(params, grad)], -1)
+        inputs = obs if grad is None else torch.cat([obs, self.encode(params, grad)], -1)  # None: direct inference
         mean, log_std, *gates = super().forward(inputs).split(params.shape[-1], -1)  # (trials, n, action_dim) each
         proposal = torch.stack([mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)], -2)  # f_φ
         return proposal, torch.stack(gates, -2).sigmoid() if gates else 0.0  # ω_φ
 
 
 class Agent(nn.Module):
-    """Networks, optimizers, and act, infer, learn; params are λ = (mean, log_std): (trials, n, 2, action_dim)."""
+    """Networks, optimizers, and act, infer, learn; λ is called params: (trials, n, 2, action_dim), mean and log_std."""
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        self.args, trials, hidden = args, args.trials, (args.hidden_dim, args.hidden_dim)
+        self.args, trials = args, args.trials
         low = torch.bfloat16 if args.matmul_precision == "medium" else None
         self.actor = InferenceNetwork(args, obs_dim, action_dim, low)
-        dims = (obs_dim + action_dim, *hidden, 1)
+        dims = (obs_dim + action_dim, args.hidden_dim, args.hidden_dim, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
         self.critic_target = StackedMLP((2, trials), dims, dtype=low, norm=args.critic_norm)
         self.critic_target.load_state_dict(self.critic.state_dict())
@@ -231,8 +233,8 @@ class Agent(nn.Module):
         self.iterative = args.inference == "iterative"
         self.iters = args.inference_iters if self.iterative else 1
 
-        args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # a run saves what it took
-        self.register_buffer("prior", torch.zeros(1, 1, 2, action_dim))  # λ_0
+        args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # args.json keeps it
+        self.register_buffer("prior", torch.zeros(1, 1, 2, action_dim))  # λ_0; if the prior is Gaussian, its λ
         self.prior[..., 1, :] = math.log(args.prior_std)
         # The noise of evaluation: quantiles of the normal, in another order in each dimension.
         quantiles = torch.special.ndtri(torch.arange(0.5, args.action_samples) / args.action_samples)
@@ -260,7 +262,7 @@ class Agent(nn.Module):
         return log_prob.sum(-1, keepdim=True).mean(1)
 
     def kl(self, params, noise):
-        """KL(π ‖ p) (trials, n, 1), as it is before the tanh. To a uniform prior: E[log π], without |A| ln 2."""
+        """KL(π ‖ p) (trials, n, 1), which the tanh does not change. To a uniform prior: E[log π], without |A| ln 2."""
         if self.args.prior == "uniform":
             return self.log_prob(params, noise)  # eq. (12): minus the entropy
         shift, log_ratio = (params - self.prior).unbind(-2)  # μ − μ_0, log σ/σ_0
@@ -273,7 +275,8 @@ class Agent(nn.Module):
         action = (mean + log_std.exp() * noise).tanh()  # eq. (13, 14)
         states = obs.unsqueeze(1).expand(-1, action.shape[1], -1, -1)
         twins = critic(torch.cat([states, action], -1).flatten(1, 2))  # (2, trials, samples * n, 1)
-        q = twins.mean(0) - self.args.pessimism / math.sqrt(2) * (twins[0] - twins[1]).abs()  # std's gradient: nan at 0
+        # the standard deviation of two numbers is |difference| / √2; std() has the gradient nan where they are equal
+        q = twins.mean(0) - self.args.pessimism / math.sqrt(2) * (twins[0] - twins[1]).abs()
         kl = self.kl(params, noise)
         return q.unflatten(1, action.shape[1:3]).mean(1) - self.log_alpha.exp() * kl, kl  # eq. (16)
 
@@ -287,17 +290,15 @@ class Agent(nn.Module):
         return grad, objective.detach(), kl.detach()
 
     def infer(self, obs, noise=None):
-        """E-step. Lists: λ_0, ..., λ_K; ∇J̃ and J̃ at all but λ_K (direct: None); the K gates (direct: 0)."""
-        trace, grads, objectives, gates = [self.prior.expand(*obs.shape[:2], -1, -1)], [], [], []
+        """E-step. λ_0, ..., λ_K; ∇J̃ and J̃ at all but λ_K (direct: None); the K gates (direct: 0)."""
+        trace, found = [self.prior.expand(*obs.shape[:2], -1, -1)], []
         for _ in range(self.iters):
             params = trace[-1].detach()  # the network learns each update by itself
             grad, objective, _ = self.gradient(obs, params, noise) if self.iterative else (None, None, None)
             proposal, gate = self.actor(obs, params, grad)
             trace.append(gate * params + (1 - gate) * proposal)  # eq. (15)
-            grads.append(grad)
-            objectives.append(objective)
-            gates.append(gate)
-        return trace, grads, objectives, gates
+            found.append((grad, objective, gate))
+        return trace, *zip(*found)
 
     @torch.no_grad()
     def act(self, obs, deterministic=False):
@@ -324,17 +325,15 @@ class Agent(nn.Module):
         trace, grads, objectives, gates = self.infer(obs)
         noise = self.noise(obs, self.args.action_samples)
         grad, objective, kl = self.gradient(obs, trace[-1], noise)  # at λ_K
-        objectives.append(objective)
         # λ_k·∇J̃(λ_k), with ∇J̃ held constant, has the gradient of J̃(λ_k). infer() has every ∇J̃ but that at λ_K.
         gain = torch.stack(trace[1:]) * torch.stack([*grads[1:], grad])  # (K, trials, n, 2, action_dim)
-        log_prob = kl if self.args.prior == "uniform" else self.log_prob(trace[-1].detach(), noise)
+        log_prob = self.log_prob(trace[-1].detach(), noise)
         kl = kl + self.kl_constant
         alpha_loss = self.log_alpha.exp() * (self.kl_target - kl)
-        metrics = {"policy/entropy": -log_prob, "policy/kl": kl}
+        metrics = {"policy/entropy": -log_prob, "policy/kl": kl, "policy/objective_last": objective}
         if self.iterative:
-            metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": objectives[1],
+            metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": (*objectives, objective)[1],
                         "policy/gate": torch.stack(gates).detach().mean(0).flatten(-2)}
-        metrics["policy/objective_last"] = objectives[-1]
         return alpha_loss.mean((-2, -1)).sum() - gain.sum((-2, -1)).mean((0, -1)).sum(), metrics
 
     def update(self, batch):
@@ -352,16 +351,15 @@ class Agent(nn.Module):
 
     def learn(self, buffer):
         """All updates of one environment step; returns metrics of the last one, each (trials,)."""
-        updates = self.args.updates_per_step
-        rows = buffer.sample(updates * self.args.batch_size).unflatten(1, (updates, -1))
-        for batch in rows.unbind(1):  # (trials, n, row)
+        rows = buffer.sample(self.args.updates_per_step * self.args.batch_size)
+        for batch in rows.split(self.args.batch_size, 1):  # (trials, n, row)
             metrics = self.update(batch.split(buffer.widths, -1))
         metrics = {name: value.mean((-2, -1)) for name, value in metrics.items()}
         return metrics | {"policy/alpha": self.log_alpha.detach().exp().flatten()}
 
 
 def train(args):
-    """Algorithm 1."""
+    """Algorithm 1 on replayed transitions; the M-step has nothing to fit."""
     envs = make_envs(args, args.trials)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(args, obs_dim, action_dim)

@@ -46,16 +46,16 @@ import tyro
 
 SCRIPT = Path(__file__).stem
 HORIZON, EXPLORE = 200, 0.5  # steps of an episode, chance of a random action
-CURVES = "return", "falls", "beta", "kl"  # what is measured of learners
+CURVES = "return", "falls", "beta", "kl"  # what learners' curves show
 
-# The states that may follow a pair stand in successor (S, A, K), their probabilities in probability; spare places have
-# probability 0. So ten thousand states fit into memory. reward (S, A); start (S,) probabilities; hazard (S,) bool: to
-# enter such a state counts as a fall. An end is a state that leads to itself with reward 0.
+# The states that may follow a state and action stand in successor (S, A, K), their probabilities in probability; spare
+# places have probability 0. So ten thousand states fit into memory. reward (S, A); start (S,) probabilities; hazard
+# (S,) bool: to enter such a state counts as a fall. An end is a state that leads to itself with reward 0.
 Mdp = namedtuple("Mdp", "successor probability reward start hazard gamma")
 
 # ---------------------------------------------------------------- exact solvers
 # Values are in reward units: β times those of eq. (5) and (15), as in Appendix C.3. So the greedy action is an argmax
-# for either sign of β. At small |β|, on the cliff from -3.2 to 2, rounding hides which. `beta` is a number or an array.
+# for either sign of β. At small |β|, on the cliff from -3.2 to 2, rounding hides which is best. `beta`: number, array.
 def twist(value, prob, beta, axis=-1):
     """Exponential twisting of `prob` by `value`, both (..., K), along `axis`; `beta`, of either sign, broadcasts.
 
@@ -64,7 +64,7 @@ def twist(value, prob, beta, axis=-1):
     """
     exponent = value / beta
     top = np.where(prob > 0, exponent, -np.inf).max(axis, keepdims=True)
-    gap = np.minimum(exponent - top, 0)
+    gap = np.minimum(exponent - top, 0)  # a spare place may lie above top
     change = prob * np.expm1(gap)  # p exp(gap) is p + change; at large β the change alone keeps its digits
     excess = change.sum(axis, keepdims=True)
     posterior = (prob + change) / (1 + excess)
@@ -89,7 +89,7 @@ def backup(mdp, value, beta):
     return mdp.reward + mdp.gamma * posterior_dynamics(mdp, value, beta)[1]  # eq. (5), (15), times β
 
 def greedy(q_value):
-    """The deterministic policy (..., S, A) that takes the best action, of equals the first."""
+    """The deterministic policy (..., S, A) that takes the best action, the first of equals."""
     return np.eye(q_value.shape[-1])[q_value.argmax(-1)]
 
 def soft_value_iteration(mdp, beta, policy=None, sweeps=100_000):
@@ -140,31 +140,31 @@ def real_outcome(mdp, policy):
 
 # ---------------------------------------------------------------- learners from sampled episodes
 def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.0, seed=1, actors=100,
-          learning_rate=0.01, beta_lr=5e-4, explore=EXPLORE, evals=40):
+          learning_rate=0.01, beta_lr=5e-4, evals=40):
     """Runs "q-learning", "vmbpo", "beta-vmbpo" or "mnm"; `beta`, its start in β-VMBPO, may be one number per trial.
 
     In every step an actor acts in the real world; the model-based methods count what follows, and take one step from
-    the same state in their imagination, with the posterior of the counted model. Returns arrays: "episode" (n,),
-    n at most evals + 1; of the greedy policy in the real world "return" and "falls"; "beta"; and "kl", the mean over
-    imagined steps that eq. (9) sees, all (n, trials); and "q" (trials, S, A). MnM raises ValueError at a reward ≤ 0.
+    the same state in their imagination, with the posterior of the counted model. Returns arrays: "episode" (n,), with
+    n at most evals + 1; at each of these, (n, trials), "return" and "falls" of the greedy policy in the real world,
+    "beta", and "kl", the mean over imagined steps that eq. (9) sees; at the end "q" (trials, S, A). MnM raises
+    ValueError at a reward ≤ 0.
     """
-    need(method in LOOK, f"no method {method}: there are {', '.join(LOOK)}")
+    need(method in METHODS, f"no method {method}: there are {', '.join(METHODS)}")
     states, choices, places = mdp.successor.shape
-    rows, pairs, walkers = trials * states, trials * states * choices, trials * actors
+    rows, walkers = trials * states, trials * actors
     first_row = np.repeat(np.arange(trials) * states, actors)  # of each walker's trial
     rng = np.random.default_rng(seed)
     # successor places come first in these tables: sums over a leading axis are what NumPy does fastest
-    successor, probability = (table.reshape(-1, places).T.copy() for table in (mdp.successor, mdp.probability))
+    successor, probability = (each.reshape(-1, places).T.copy() for each in (mdp.successor, mdp.probability))
     worlds = 1 if method == "q-learning" else 2  # real, imagined
     reward = mdp.reward.ravel()
     if method == "mnm":
         need((reward > 0).all(), "MnM takes the logarithm of the reward: it must be positive")
         reward = (1 - mdp.gamma) * np.log(reward)  # as MnM's authors have it
     q_value = np.full((choices, rows), q_init, float)
-    flat_q = q_value.reshape(-1)  # the same memory
     table = q_value.reshape(choices, trials, states).transpose(1, 2, 0)  # the same memory as (trials, S, A)
     value = q_value.max(0)
-    counts = np.zeros((places, pairs))
+    counts = np.zeros((places, rows * choices))
     log_beta = np.log(np.ones(trials) * beta)
     mean_kl = np.zeros(trials)
     seen = []
@@ -175,44 +175,43 @@ def learn(mdp, method, episodes, trials=10, beta=1.0, kl_budget=0.001, q_init=0.
         if episode == episodes:
             break
         state = mdp.start.cumsum().searchsorted(rng.random(walkers), side="right").clip(max=states - 1)
-        scale = np.repeat(np.exp(log_beta), actors)
+        walker_beta = np.repeat(np.exp(log_beta), actors)
         kl_sum, kl_count = np.zeros(trials), np.zeros(trials)
         for luck, wind in rng.random((HORIZON, 2, worlds, walkers), dtype=np.float32):
             # act: luck decides what is done in each world, wind[0] what follows in the real one; wind[1] is not used
             row = first_row + state
             best_choice = q_value.take(row, axis=1).argmax(0)
-            any_choice = (luck * (choices / explore)).astype(int).clip(max=choices - 1)
-            choice = np.where(luck < explore, any_choice, best_choice)
+            any_choice = (luck * (choices / EXPLORE)).astype(int).clip(max=choices - 1)
+            choice = np.where(luck < EXPLORE, any_choice, best_choice)
             pair = state * choices + choice
             place = (wind[0] >= probability.take(pair[0], axis=1).cumsum(0)[:-1]).sum(0)
             after = successor[place, pair[0]]
             if method == "q-learning":
                 future, known = value[first_row + after], 1.0
             else:
-                np.add.at(counts.reshape(-1), place * pairs + first_row * choices + pair[0], 1.0)  # remember
+                np.add.at(counts, (place, first_row * choices + pair[0]), 1.0)  # remember
                 # imagine; a choice that was never tried has no model, and nothing is learned of it
                 prior = counts.take(first_row * choices + pair[1], axis=1)
-                total = prior.sum(0)
-                known = total > 0
+                known = prior.any(0)
                 prior[0] += ~known
                 follow = first_row + successor.take(pair[1], axis=1)
-                _, future, kl = twist(value.take(follow), prior / np.maximum(total, 1), 1.0, axis=0)  # eq. (4), Q / β
+                _, future, kl = twist(value.take(follow), prior / prior.sum(0), 1.0, axis=0)  # eq. (4), of values / β
                 kl_sum += kl.reshape(trials, actors).sum(1)
                 kl_count += known.reshape(trials, actors).sum(1)
             # learn of the imagined step, in Q-learning of the real one
-            entry = choice[-1] * rows + row
-            error = reward[pair[-1]] / scale + mdp.gamma * future - flat_q[entry]  # eq. (5), (12)
-            np.add.at(flat_q, entry, learning_rate * known * error)
+            entry = choice[-1], row
+            error = reward[pair[-1]] / walker_beta + mdp.gamma * future - q_value[entry]  # eq. (5), (12)
+            np.add.at(q_value, entry, learning_rate * known * error)
             value[row] = q_value.take(row, axis=1).max(0)
             state = after
         mean_kl = kl_sum / np.maximum(kl_count, 1)
         if method == "beta-vmbpo":
             # the gradient of eq. (9) is ε - KL: descent raises β where the posterior has strayed too far
             log_beta = log_beta + beta_lr * actors * np.clip(mean_kl / kl_budget - 1, -1, 1)  # eq. (8), (9)
-            log_beta = log_beta.clip(np.log(1e-2), np.log(1e7))
+            log_beta = log_beta.clip(np.log(1e-2), np.log(1e7))  # the upper limit is that of Appendix C.4
     return {key: np.array([at[key] for at in seen]) for key in seen[0]} | {"q": table}
 
-# ---------------------------------------------------------------- the paper's processes
+# ---------------------------------------------------------------- the paper's processes; gamma: 0.9 if none is given
 SIZE, GOAL = 10, 9  # side of the grid, its goal
 MOVES = np.array([[-1, 0], [0, -1], [1, 0], [0, 1]])  # up, left, down, right as (row, column)
 CELLS = np.arange(SIZE * SIZE)
@@ -297,8 +296,8 @@ def load_mdp(path):
         fail(f"--mdp {path}: must be an .npz file with the arrays of make_mdp ({reason})")
 
 # ---------------------------------------------------------------- figures: a picture, the rows of a csv file, a table
-LOOK = {"q-learning": ("Q-learning", "tab:blue", "o"), "vmbpo": ("VMBPO (β = 1)", "tab:red", "s"),
-        "beta-vmbpo": ("β-VMBPO", "tab:green", "^"), "mnm": ("MnM", "tab:orange", "x")}  # label, colour, marker
+METHODS = {"q-learning": ("Q-learning", "tab:blue", "o"), "vmbpo": ("VMBPO (β = 1)", "tab:red", "s"),
+           "beta-vmbpo": ("β-VMBPO", "tab:green", "^"), "mnm": ("MnM", "tab:orange", "x")}  # label, colour, marker
 HEADER = ["world", "method", "beta_start", "episode", *(f"{key}_{x}" for key in CURVES for x in ("mean", "std"))]
 
 def show_optimum(axis, mdp):
@@ -391,7 +390,7 @@ def plot_learning(args, mdp, figure):
         rows += curve_rows(history, world, method, start)
         table.append(rows[-1])
         if index < 3:
-            show_curve(axes[0], history, "return", *LOOK[method], markevery=5)
+            show_curve(axes[0], history, "return", *METHODS[method], markevery=5)
         if index > 1:
             show_curve(axes[1], history, "return", f"from β = {start:g}", f"C{index + 2}")
             show_curve(axes[2], history, "beta", f"from β = {start:g}", f"C{index + 2}")
@@ -408,7 +407,7 @@ def plot_mnm(args, mdp, figure):
     for axis, (title, world, q_init, episodes) in zip(axes, cases):
         axis.set_title(title)
         show_optimum(axis, world)
-        for index, (method, look) in enumerate(LOOK.items()):
+        for index, (method, look) in enumerate(METHODS.items()):
             beta = start if method == "beta-vmbpo" else 1.0
             history = learn(world, method, episodes, args.trials, beta, args.kl_budget, q_init, args.seed)
             show_curve(axis, history, "return", *look, markevery=(2 * index, 8), linewidth=5 - index)
