@@ -24,15 +24,17 @@ z_{t-1},a_{t-1}). What the term is good for is the paper's open question; a swee
 Deviations from the paper, with the flag, if any, that goes back to its letter. docs/active_vem.md has more.
  1. w = 0, for the reason above. `--marginal-weight 1` is (8).
  2. Inference is amortized: q(z) and q(a) are networks, learned on replayed windows. The model's learning rate falls.
- 3. q(z) climbs its own terms in (8), not the rewards, or it would believe in good states. It also sees x_t − x_{t-1}.
- 4. γ discounts, rewards are divided by their standard deviation, and the V of a twin critic, of rewards and KLs of
-    actions alone, stands for what lies beyond H steps: tasks are long. `--gamma 1`. A discriminative agent has H = 0.
- 5. Episodes end. The probability of it is learned from z ~ p, as plans have it: z ~ q has seen the end.
+ 3. q(z) climbs the terms of z in (8), its own and a window's later ones, not rewards or KLs of actions, or it would
+    believe itself in good states. It also sees x_t − x_{t-1}.
+ 4. Tasks are long: γ discounts (`--gamma 1`: not), and the V of a twin critic, of rewards and KLs of q(a) alone, stands
+    for what lies beyond H steps. Rewards are divided by their standard deviation. A discriminative agent has H = 0.
+ 5. Episodes end. That one does is predicted from z ~ p, as in plans: z ~ q has already seen the last reward.
  6. α, the price of a nat in units of scaled reward, is tuned to a budget of KL(q(a)‖p(a)). `--alpha`: fixed.
  7. The information term of (10) is off: where it was tried it made no difference. `--info-weight 1`.
  8. p(a) is fitted to q(a) with a share ε of uniform actions, or both narrow together (`--prior-mix 0`). On Hopper-v4
-    they do all the same. `--action-prior uniform` is maximum entropy; p(a) then only rolls out and acts.
- 9. The discriminative q(z) learns from the critic's error, having no model; at a lower rate, its gradient cut shorter.
+    they still do. `--action-prior uniform` is maximum entropy; p(a) then only rolls out and acts.
+ 9. The discriminative q(z), having no model, learns from the critic's error and α KL(q(z)‖p(z)), at a lower rate, its
+    gradient cut shorter.
 
     python active_vem.py --env-id benchmarks.tasks:DoubleIntegrator-v0 --total-steps 4000 --eval-every 250
     python active_vem.py --env-id benchmarks.tasks:PositionsPendulum-v1
@@ -63,9 +65,9 @@ from torch import nn
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-MEAN_MAX = 10.0  # of z and of atanh(a)
+MEAN_MAX = 10.0  # bound on the means of z and of atanh(a)
 RATE_HOLD = 1000  # the model's rate falls as one over the root of 1 + updates / this
-POLICY_EVERY = 2  # q(a) and p(a) learn from every other window of an update, to save time
+POLICY_EVERY = 2  # q(a) and p(a) learn from every other column of an update, of an even number every other window
 UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
@@ -176,12 +178,12 @@ class EpisodeBuffer:
         oldest = (self.added - self.capacity).clamp(min=0)
         drawn = oldest + (torch.rand(shape, device=device) * (self.added - oldest)).long()
         start = drawn - torch.randint(length, shape, device=device)
-        time = self.storage[self.trial, drawn % self.capacity, -1].long()
-        first = torch.maximum(start, drawn - time).maximum(oldest)
+        began = drawn - self.storage[self.trial, drawn % self.capacity, -1].long()  # its episode's first step
+        first = torch.maximum(start, began).maximum(oldest)
         step = first + torch.arange(length, device=device)[:, None]  # (trials, length, n)
         place = step % self.capacity
         rows = self.storage[self.trial, place]
-        same_episode = rows[..., -1] - time == step - drawn
+        same_episode = rows[..., -1] == step - began
         valid = (same_episode & (step < start + length) & (step < self.added)).unsqueeze(-1)
         return rows, place, valid / valid.sum(1, keepdim=True)
 
@@ -296,8 +298,8 @@ class Agent(nn.Module):
         self.changes = Normalizer(trials, obs_dim)  # of an observation since the one before
 
         low = torch.bfloat16 if args.matmul_precision == "medium" else None
-        self.actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
-        self.prior_actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)
+        self.actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)  # q(a)
+        self.prior_actor = Gaussian(trials, self.latent_dim, args.hidden_dim, action_dim, low)  # p(a)
         dims = (self.latent_dim + action_dim, args.hidden_dim, args.hidden_dim, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=low)
         self.critic_target = StackedMLP((2, trials), dims, dtype=low)
@@ -305,16 +307,18 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), math.log(args.alpha or 0.1)))
 
         self.first_latent = nn.Parameter(torch.zeros(trials, 1, self.latent_dim))  # before an episode's first step
-        before = self.latent_dim + action_dim
-        full = before + 2 * obs_dim + 1  # also what sight() returns
-        self.latent_posterior = Gaussian(trials, full, args.model_dim, self.latent_dim)
+        before = self.latent_dim + action_dim  # what p(z) sees: z and a before
+        full = before + 2 * obs_dim + 1  # and what sight() returns; q(z) sees it all, a discriminative p(z) too
+        self.percept_columns = slice(before, before + obs_dim + 1)  # where a first layer reads the percept
+        self.latent_posterior = Gaussian(trials, full, args.model_dim, self.latent_dim)  # q(z)
         self.latent_prior = Gaussian(trials, before if self.generative else full, args.model_dim, self.latent_dim)
+        # "model" is what learns from percepts: of a discriminative agent q(z) and p(z) alone
         self.model = [self.first_latent, *self.latent_posterior.parameters(), *self.latent_prior.parameters()]
-        if self.generative:
+        if self.generative:  # p(x,r|z), and whether the episode ends
             self.decoder = StackedMLP((trials,), (self.latent_dim, args.model_dim, args.model_dim, obs_dim + 2), F.silu)
             self.log_scale = nn.Parameter(torch.zeros(trials, 1, obs_dim + 1))
             self.model += [*self.decoder.parameters(), self.log_scale]
-        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))  # 1: ends can be learned, and are planned with
+        self.register_buffer("ever_ended", torch.zeros(trials, 1, 1))  # 1 once an end was seen: plans then have ends
         self.register_buffer("updates", torch.zeros(()))
         self.to(args.device)
 
@@ -324,18 +328,19 @@ class Agent(nn.Module):
         self.initial_rate = args.model_learning_rate or (3e-3 if self.generative else 1e-3)
         self.policy = [*self.actor.parameters()] + ([] if args.alpha else [self.log_alpha])  # what E-steps of q(a) move
         others = [*self.critic.parameters(), *self.policy, *self.prior_actor.parameters()]
-        rate = torch.tensor(self.initial_rate, device=args.device)  # a tensor: it falls within a CUDA graph
         self.opts = {"policies": torch.optim.Adam(others, args.learning_rate, fused=True, capturable=True),
-                     "model": torch.optim.Adam(self.model, rate, fused=True, capturable=True)}
-        keep_rate = lambda opt: opt.param_groups[0].update(lr=rate)  # a checkpoint's lies on the CPU
-        self.opts["model"].register_load_state_dict_post_hook(keep_rate)
+                     "model": torch.optim.Adam(self.model, self.initial_rate, fused=True, capturable=True)}
         self.learn = captured(self.learn, args)  # a CUDA graph with --cuda-graph
 
     # What is inferred online
 
+    def sight(self, obs, reward, last_obs):
+        """What q(z) sees, scaled: the percept (obs and the reward that came with it), then the change of obs."""
+        return torch.cat([self.percepts(torch.cat([obs, reward], -1)), self.changes(obs - last_obs)], -1)
+
     @torch.no_grad()
     def begin(self, obs):
-        """What perceive() takes beside an episode's first obs (trials, n, obs_dim): no action, reward or change."""
+        """For an episode's first obs (trials, n, obs_dim): last_latent, last_action, reward, last_obs of perceive()."""
         reward = torch.zeros_like(obs[..., :1])
         return self.first_latent.expand(-1, obs.shape[1], -1), reward.expand(-1, -1, self.action_dim), reward, obs
 
@@ -347,15 +352,11 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, latent, policy="posterior", deterministic=False):
-        """Actions (trials, n, action_dim) of q(a|z) or p(a|z), or their mean action for evaluation."""
+        """Actions (trials, n, action_dim) of q(a|z) or p(a|z), or for evaluation the tanh of their mean."""
         mean, log_std = self.prior_actor(latent) if policy == "prior" else self.actor(latent)
         return (mean if deterministic else sample(mean, log_std)).tanh()
 
     # The distributions of the agent, in columns (trials, batch, ·)
-
-    def sight(self, obs, reward, last_obs):
-        """What q(z) sees, scaled: the percept (obs and the reward that came with it), then the change of obs."""
-        return torch.cat([self.percepts(torch.cat([obs, reward], -1)), self.changes(obs - last_obs)], -1)
 
     def decode(self, latent):
         """Mean and log_std of the percept (trials, n, obs_dim + 1), logit (trials, n, 1) that the episode ends."""
@@ -365,7 +366,8 @@ class Agent(nn.Module):
     def log_marginal(self, last_latent, last_action, percept, posterior):
         """log p(x,r|z_{t-1},a_{t-1}), by K importance samples z^k ~ q(z): (trials, n, 1).
 
-        It is the log of 1/K Σ_k p(x,r|z^k) p(z^k|z_{t-1},a_{t-1}) / q(z^k), which by (7) is exact where q is.
+        It is the log of 1/K Σ_k p(x,r|z^k) p(z^k|z_{t-1},a_{t-1}) / q(z^k), which by (7) is exact where q is, and else
+        too low on average, so that (8) is too high.
         """
         posterior = [x.detach() for x in posterior]  # q would raise the bound by being a bad proposal
         z = sample(*posterior, self.args.marginal_samples)  # (K, trials, n, latent_dim)
@@ -380,21 +382,21 @@ class Agent(nn.Module):
         own = log_density(percept, mean, log_std)
         z = sample(*prior, self.args.info_samples)  # (K, trials, n, latent_dim)
         others = log_density(percept, *self.decode(z)[:2])
-        lower = own - log_mean_exp(torch.cat([own[None], others]))  # with z among the samples: at most log(K + 1)
+        lower = own - log_mean_exp(torch.cat([own[None], others]))  # z's own among them: at most log(K + 1)
         return lower, own - log_mean_exp(others)
 
-    def posterior_action(self, posterior, prior):
-        """a ~ q(a|z), KL(q(a)‖p(a)) and log q(a|z), each (trials, n, ·)."""
-        u = sample(*posterior)
+    def draw_action(self, policy, prior):
+        """a ~ policy, KL(policy‖prior) and log policy(a), each (trials, n, ·)."""
+        u = sample(*policy)  # atanh(a)
         log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # of the tanh, in a stable form
-        log_prob = log_density(u, *posterior) - log_det.sum(-1, keepdim=True)
+        log_prob = log_density(u, *policy) - log_det.sum(-1, keepdim=True)
         if self.args.action_prior == "uniform":
             return u.tanh(), log_prob + self.action_dim * math.log(2), log_prob
-        return u.tanh(), divergence(*posterior, *prior), log_prob  # the tanh, which both have, leaves it as it is
+        return u.tanh(), divergence(*policy, *prior), log_prob  # the same KL before and after the tanh
 
     def soft_value(self, latent, critic):
         """V(z) = E[min Q(z, a)] − α KL(q(a)‖p(a)) with one sampled action: (trials, n, 1)."""
-        action, kl, _ = self.posterior_action(self.actor(latent), self.prior_actor(latent))
+        action, kl, _ = self.draw_action(self.actor(latent), self.prior_actor(latent))
         return critic(torch.cat([latent, action], -1)).amin(0) - self.log_alpha.exp().detach() * kl
 
     def planned_bound(self, latent, action):
@@ -403,28 +405,28 @@ class Agent(nn.Module):
             return self.critic(torch.cat([latent, action], -1)).amin(0)
         bound, discount = 0, 1
         offset = (self.percepts.mean / self.percepts.std)[..., -1:]  # rewards in a bound are scaled, not centred
-        price = self.log_alpha.exp().detach() * self.args.info_weight  # of a nat of information
+        alpha = self.log_alpha.exp().detach()
         for k in range(self.horizon):
             if k > 0:
                 prior_action = self.prior_actor(latent)
-                action, kl, _ = self.posterior_action(prior_action, prior_action)  # kl: 0 but to a uniform prior
-                bound = bound - discount * self.log_alpha.exp().detach() * kl
+                action, kl, _ = self.draw_action(prior_action, prior_action)  # kl is 0, but with a uniform p(a)
+                bound = bound - discount * alpha * kl
             prior = self.latent_prior(latent, action)
             latent = sample(*prior)
             percept, _, end_logit = self.decode(latent)
             bound = bound + discount * (percept[..., -1:] + offset)
             if self.args.info_weight:
-                bound = bound + discount * price * self.information(latent, prior)[0]
+                bound = bound + discount * (alpha * self.args.info_weight) * self.information(latent, prior)[0]
             discount = discount * self.args.gamma * (1 - end_logit.sigmoid() * self.ever_ended)
         return bound + discount * self.soft_value(latent, self.critic)  # eq. (10)
 
     # What is learned from windows
 
     def infer_latents(self, rows, weight):
-        """Latent states along windows, and what leads to them, in columns (trials, (length + 1) · n, ·), as a dict.
+        """Latent states along windows, and what leads to them: columns (trials, (length + 1) · n, ·), n of each time.
 
         A window has one percept before its first step and one after each step. The first counts where the episode
-        begins with it. Elsewhere a step before the window has counted it, and z there is the stored one.
+        begins with it. Elsewhere it belongs to the step before the window, and z there is the stored one.
         """
         n = rows.shape[2]
         obs, action, reward, next_obs, terminated, *_ = rows.flatten(1, 2).split(self.widths, -1)
@@ -448,7 +450,7 @@ class Agent(nn.Module):
                 "ended": F.pad(terminated, nothing), "weight": weight}
 
     def model_loss(self, last_latent, latent, posterior, last_action, percept, sight, ended, weight):
-        """−(8), or α KL of (6) in scaled reward, as a mean over steps; and its terms in nats, each (trials,)."""
+        """Minus the terms of z, x and ends in (8), or α KL of (6), summed over trials; the terms, each (trials,)."""
         if not self.generative:
             kl = weighted_mean(divergence(*posterior, *self.latent_prior(last_latent, last_action, sight)), weight)
             return (self.log_alpha.exp().detach().flatten() * kl).sum(), {"model/kl": kl}  # eq. (6)
@@ -458,12 +460,10 @@ class Agent(nn.Module):
         log_likelihood = weighted_mean(log_density(percept, *self.decode(latent)[:2]), weight)
         log_end = weighted_mean(-F.binary_cross_entropy_with_logits(end_logit, ended, reduction="none"), weight)
         loss = kl - log_likelihood - log_end  # eq. (8)
-        metrics = {"model/kl": kl, "model/log_likelihood": log_likelihood, "model/log_end": log_end}
         if self.args.marginal_weight:
             log_marginal = weighted_mean(self.log_marginal(last_latent, last_action, percept, posterior), weight)
             loss = loss + self.args.marginal_weight * log_marginal  # eq. (8)
-            metrics["model/log_marginal"] = log_marginal
-        return loss.sum(), metrics
+        return loss.sum(), {"model/kl": kl, "model/log_likelihood": log_likelihood, "model/log_end": log_end}
 
     def critic_loss(self, latent, action, target, weight):
         """Squared error of both critics; and metrics, each (trials,)."""
@@ -475,7 +475,7 @@ class Agent(nn.Module):
     def policy_losses(self, latent, weight):
         """E-step of q(a), with α's own loss, and M-step of p(a); and metrics, each (trials,)."""
         posterior, prior = self.actor(latent), self.prior_actor(latent)
-        action, kl, log_prob = self.posterior_action(posterior, [x.detach() for x in prior])
+        action, kl, log_prob = self.draw_action(posterior, prior)
         alpha = self.log_alpha.exp()
         loss = alpha.detach() * kl - self.planned_bound(latent, action)  # eq. (8, 10)
         loss = loss + alpha * (self.kl_target - kl.detach())
@@ -492,7 +492,7 @@ class Agent(nn.Module):
         return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
 
     def clip_gradient(self):
-        """Cut the model's gradient, per trial; not the critic's: its rare large ones are ends of episodes."""
+        """Cut the model's gradient, per trial. The critic's is left: its rare large ones are the ends of episodes."""
         grads = [parameter.grad for parameter in self.model]
         norms = torch.stack([torch.linalg.vector_norm(grad, dim=(-2, -1)) for grad in grads])
         scale = (self.max_grad_norm / norms.norm(dim=0)).clamp(max=1).view(-1, 1, 1)
@@ -500,7 +500,7 @@ class Agent(nn.Module):
 
     def update(self, rows, weight):
         """One E-step and one M-step on windows (trials, length, n, ·); returns latent states and metrics."""
-        n = rows.shape[2]
+        n = rows.shape[2]  # columns of one time: [:, n:] is a step later than [:, :-n]
         window = self.infer_latents(rows, weight)
         latent = window["latent"]
         _, action, reward, _, terminated, *_ = rows.flatten(1, 2).split(self.widths, -1)
@@ -516,7 +516,7 @@ class Agent(nn.Module):
         policy_loss.backward(inputs=self.policy)  # E-step of q(a): critics and model get no gradient from it
         prior_loss.backward()  # M-step of p(a)
         self.clip_gradient()
-        self.opts["model"].param_groups[0]["lr"].copy_(self.initial_rate * (1 + self.updates / RATE_HOLD).rsqrt())
+        self.opts["model"].param_groups[0]["lr"] = self.initial_rate * (1 + self.updates / RATE_HOLD).rsqrt()
         for opt in self.opts.values():
             opt.step()
             opt.zero_grad()
@@ -536,16 +536,15 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def assess(self, buffer):
-        """Terms of (8) and (10) that need not be computed in every update, in nats; each (trials,)."""
+        """Terms of (8) and (10) that no update needs, in nats; each (trials,). Training is the same without it."""
         if not self.generative:
             return {}
-        cuda = [self.args.device] if self.args.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda):  # how often metrics are logged changes nothing else
+        with torch.random.fork_rng([self.args.device] * self.args.device.startswith("cuda")):
             rows, _, weight = buffer.sample(self.args.windows, self.args.window_length)
             window = self.infer_latents(rows, weight)
-            before = window["last_latent"], window["last_action"]
-            marginal = self.log_marginal(*before, window["percept"], window["posterior"])
-            prior = self.latent_prior(*before)
+            last = window["last_latent"], window["last_action"]
+            marginal = self.log_marginal(*last, window["percept"], window["posterior"])
+            prior = self.latent_prior(*last)
             lower, upper = self.information(sample(*prior), prior)
         terms = {"model/log_marginal": marginal, "model/information": lower, "model/information_upper": upper}
         return {name: weighted_mean(term, window["weight"]) for name, term in terms.items()}
@@ -564,13 +563,11 @@ class Agent(nn.Module):
             self.changes.fit(next_obs - obs)
             return
         ratio, shift = self.percepts.std / std, (self.percepts.mean - mean) / std  # old = ratio * new + shift
-        first = self.latent_dim + self.action_dim
-        percept = slice(first, first + ratio.shape[-1])  # where a first layer reads it
         readers = [self.latent_posterior] if self.generative else [self.latent_posterior, self.latent_prior]
         for net in readers:
             layer = net.layers[0]
-            layer.bias += shift @ layer.weight[:, percept]
-            layer.weight[:, percept] *= ratio.mT
+            layer.bias += shift @ layer.weight[:, self.percept_columns]
+            layer.weight[:, self.percept_columns] *= ratio.mT
         if self.generative:
             out = self.decoder.layers[-1]
             out.weight[..., :-1] /= ratio
@@ -599,7 +596,7 @@ def train(args):
         # remember: a time limit is not a termination, and an episode's last state is not the next one's first
         obs, reward, next_obs, terminated = run.step(action)
         buffer.add(obs, action, reward, next_obs, terminated, latent, time)
-        agent.ever_ended.copy_(torch.maximum(agent.ever_ended, terminated))
+        agent.ever_ended.clamp_(min=terminated)
         last = latent, action, reward, obs
 
         # learn

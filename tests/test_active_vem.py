@@ -201,13 +201,13 @@ def test_full_marginal_weight_leaves_nothing_to_an_exact_posterior(samples):
     actions, percepts = sequence()
     agent = linear_agent(exact, marginal_weight=1.0, marginal_samples=samples)
     terms, window = expected_terms(agent, actions, percepts)
-    assert terms["log_likelihood"] - terms["log_marginal"] - terms["kl"] == pytest.approx(0, abs=1e-8)
     before, u, x, posterior = (window[key] for key in PARTS)
     cov = Q * np.outer(C, C) + np.diag(R)
     rows = zip(before[0, :, 0].numpy(), u[0, :, 0].numpy(), x[0].numpy())
     predicted = [normal_log_pdf(percept, C * (A * z + B * action), cov) for z, action, percept in rows]
     marginal = agent.log_marginal(before, u, x, posterior)
     np.testing.assert_allclose(marginal[0, :, 0].detach(), predicted, atol=1e-8)
+    assert terms["log_likelihood"] - terms["kl"] == pytest.approx(len(actions) * marginal.mean().item(), abs=1e-8)
     prior = agent.latent_prior(before, u)
     ratio = VEM.log_density(window["latent"], *posterior) - VEM.log_density(window["latent"], *prior)
     bracket = VEM.log_density(x, *agent.decode(window["latent"])[:2]) - marginal - ratio
@@ -356,7 +356,7 @@ def test_divergence_of_actions(prior):
     agent = build(2, 2, action_prior=prior).double()
     moments = lambda *values: torch.tensor(values).double()[:, None, None].expand(2, 1, 200_000, 2)
     posterior, fitted = moments([0.5, -0.3], [-0.9, -0.2]), moments([0.0, 0.2], [-0.4, -0.5])
-    action, kl, log_prob = agent.posterior_action(posterior, fitted)
+    action, kl, log_prob = agent.draw_action(posterior, fitted)
     q, p = (torch.distributions.TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
             for mean, log_std in (posterior, fitted))
     log_prior = p.log_prob(action) if prior == "learned" else torch.full_like(action, -math.log(2))
@@ -897,12 +897,16 @@ def test_refused(flags, parts, capsys):
     assert stop.value.code == 2 and all(part in line for part in parts), line
 
 
-def test_a_checkpoint_leaves_the_rate_where_it_is():
-    """In a CUDA graph the model's rate is a tensor on the device; a checkpoint's is read to the CPU."""
-    agent = build()
+def test_a_checkpoint_does_not_set_the_rate():
+    """The model's rate follows from the number of updates, and is a tensor on the device, as a CUDA graph needs it."""
+    agent, old = build(), build()
+    old.learn(fill(old))
+    agent.opts["model"].load_state_dict(old.opts["model"].state_dict())
+    agent.updates.fill_(3 * VEM.RATE_HOLD)
+    agent.learn(fill(agent))
     rate = agent.opts["model"].param_groups[0]["lr"]
-    agent.opts["model"].load_state_dict(build().opts["model"].state_dict())
-    assert agent.opts["model"].param_groups[0]["lr"] is rate
+    assert isinstance(rate, torch.Tensor) and rate.device == agent.updates.device
+    assert rate.item() == pytest.approx(3e-3 / 2)
 
 
 # --- whole runs
