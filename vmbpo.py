@@ -28,7 +28,7 @@ Deviations from the paper, each with the flag that goes back where there is one;
  7. The actor climbs the online critic, not the target. As κ ← ω follows each update, (13)'s KL has mean gradient 0.
  8. Real rows in every batch (`--real-ratio 0`: none), imagined states clipped to the data's range, bounds on a
     fit's minibatches, standardised targets; dynamics with MBPO's rate 1e-3 (not 3e-4), SiLU (not ReLU), weight decay.
- 9. `--beta` below 0 is risk-averse: (11) then tilts q towards states of low value, the minimum of (7) over dynamics.
+ 9. `--beta` below 0, not in the paper, is risk-averse: (11) then tilts q to states of low value, the minimum of (7).
 
     python vmbpo.py --env-id Walker2d-v4
     python vmbpo.py --evaluate runs/Walker2d-v4/RUN --capture-video
