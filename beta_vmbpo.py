@@ -400,7 +400,7 @@ class Agent(nn.Module):
         return weights / weights.mean(1, keepdim=True)
 
     def model_loss(self, model, batch, weights=1.0):
-        """Gaussian loss of one minibatch per member (ensemble, trials, n, ·), rows weighted; summed over members."""
+        """Gaussian loss of minibatches (ensemble, trials, n, ·), rows weighted; summed over members and trials."""
         obs, action, reward, next_obs, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(model, obs, action)

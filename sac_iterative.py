@@ -233,7 +233,7 @@ class Agent(nn.Module):
         self.iterative = args.inference == "iterative"
         self.iters = args.inference_iters if self.iterative else 1
 
-        args.action_samples = args.action_samples or (10 if args.device == "cpu" else 200)  # args.json keeps it
+        args.action_samples = args.action_samples or (200 if args.device.startswith("cuda") else 10)  # args.json has it
         self.register_buffer("prior", torch.zeros(1, 1, 2, action_dim))  # λ_0; if the prior is Gaussian, its λ
         self.prior[..., 1, :] = math.log(args.prior_std)
         # The noise of evaluation: quantiles of the normal, in another order in each dimension.

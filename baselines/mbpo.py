@@ -363,7 +363,7 @@ class Agent(nn.Module):
         opt.step()
 
     def model_loss(self, model, batch):
-        """Gaussian loss of one minibatch per member (ensemble, trials, n, ·); summed over members."""
+        """Gaussian loss of minibatches (ensemble, trials, n, ·), summed over members and trials."""
         obs, action, reward, next_obs, _ = batch
         target = self.targets(torch.cat([next_obs - obs, reward], -1))
         mean, log_var = self.moments(model, obs, action)

@@ -42,8 +42,8 @@ PUBLISHED = {
                         305_000: (5368, 633)}, "SAC": {300_000: (4197, 1589)}},
 }
 COLORS = {"MBPO": "C0", "β-VMBPO": "C1", "VMBPO": "C2", "SAC": "C3", "generative": "C4", "discriminative": "C5",
-          "fully observed": "C6"}  # the same in all figures; others have what is left of
-PALETTE = [*(f"C{i}" for i in range(10)), "black"]
+          "fully observed": "C6"}  # the same in all figures
+PALETTE = [*(f"C{i}" for i in range(10)), "black"]  # other methods have what is left of it
 
 
 @dataclasses.dataclass
