@@ -102,15 +102,15 @@ def main(args):
     if args.reward_fit:
         write("risk_reward_fit", reward_fit(args))
         return 0
-    rows, walks = [], {}
+    rows, walks, height = [], {}, (len(args.runs) + 3) // 4  # pictures in rows of four
     for label, run in labelled(args.runs, args.labels):
         agent, saved, *_ = open_run(run, task="RiskyEdge-v0")
         returns, walks[label] = walk(agent, saved.trials, args.episodes, seed=20_000)
         rows += [describe(label, trial, returns[trial], walks[label][trial]) for trial in range(saved.trials)]
 
     def draw(rows, figure):
-        for axis, (label, paths) in zip(figure.subplots(1, len(walks), squeeze=False)[0], walks.items()):
-            axis.set(title=label, xlim=(-9, 9), ylim=(-9, 9), aspect="equal")
+        for place, (label, paths) in enumerate(walks.items(), 1):
+            axis = figure.add_subplot(height, 4, place, title=label, xlim=(-9, 9), ylim=(-9, 9), aspect="equal")
             axis.plot([-SIZE, -SIZE, SIZE, SIZE], [-SIZE, SIZE, SIZE, -SIZE], "k", lw=1)
             axis.plot([-SIZE, SIZE], [-SIZE, -SIZE], "g", lw=2)
             for trial, path in ((trial, path) for trial in range(len(paths)) for path in paths[trial, :20]):
@@ -119,7 +119,7 @@ def main(args):
             means = {key: np.nanmean([float(row[key]) for row in trials]) for key in [*rows[0]][2:]}
             yield f"{label}: " + "  ".join(f"{key} {value:.3g}" for key, value in means.items())
 
-    return publish("risk", rows, draw, (3.2 * len(walks), 3.6), "20 episodes per trial (colours); green: what pays")
+    return publish("risk", rows, draw, (9.6, 0.4 + 2.6 * height), "20 episodes per trial (colours); green: what pays")
 
 
 if __name__ == "__main__":
