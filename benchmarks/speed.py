@@ -237,7 +237,7 @@ def run_block(contestant, updates):
         torch.cuda.synchronize()
     ms = 1000 * (time.perf_counter() - before) / calls / contestant.parts
     # The peak is at least that of the process that started this one, which is smaller: it has made nothing.
-    return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 class Process:
