@@ -155,7 +155,7 @@ class EpisodeBuffer:
         self.latent = slice(-1 - widths[-2], -1)  # where the latent state stands in a row
         # (trials, capacity + 1, row); the row behind the ring takes what refresh() must not keep, and is never read
         self.storage = torch.zeros(trials, capacity + 1, sum(widths), device=device)
-        self.added = torch.zeros((), dtype=torch.long, device=device)
+        self.added = torch.zeros((), dtype=torch.long, device=device)  # a tensor: CUDA graphs see it change
         self.trial = torch.arange(trials, device=device)[:, None, None]
 
     def rows(self):
@@ -762,7 +762,7 @@ class Run:
 
 
 def set_precision(args):
-    """At medium float32 products stay exact. PyTorch's medium rounds them on GPUs and with AMX; else it is faster."""
+    """At medium float32 products stay exact. PyTorch's medium, faster elsewhere, rounds them on GPUs and with AMX."""
     if not args.device.startswith("cuda") and not torch.cpu.get_capabilities().get("avx512_bf16"):
         args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     rounded = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("amx_bf16")

@@ -20,8 +20,8 @@ within ε nats of p.
 E_env is over replayed transitions, E_model over imagined ones; q_ω is the policy, π_κ its prior; Q' are target critics.
 Deviations from the paper, each with the flag that goes back where there is one; docs/beta_vmbpo.md says more:
  1. γ and termination enter (11) and (12). A decision tree learns when episodes end. `--termination-fn`: a known rule.
- 2. In a fit p learns alone, then q starts at p and both learn, at a rate that rises and falls to zero: KL(q‖p) is the
-    tilt alone. Adam's β₂ is 0.95: a longer memory can make a fit undo the last one. `--fit-rule constant`: neither.
+ 2. In a fit p learns alone, then q starts at p and both learn, at a rate that rises eightfold and falls to zero: the
+    KL is the tilt alone. Adam's β₂ is 0.95: with more memory a fit can undo the last. `--fit-rule constant`: neither.
  3. The exponent of (11) is clamped to ±4 after the division by β; its Q is the target critic's. Weights have mean 1.
  4. KL(q‖p) of two ensembles is that of the moment-matched Gaussians of s'. `--kl-estimator members`: pairs of members.
  5. Critics hold βQ (Appendix C.3); the log-ratio of (12) is left out, as in C.1. `--log-ratio-in-critic`: kept.
@@ -67,12 +67,12 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches; what follows is by --fit-rule
+FIT_SHARES = (0, 0.25, 0.5, 0.75, 1)  # points in a fit, as shares of its minibatches; the next three are by --fit-rule
 FIT_RATE = {"two_phase": (0, 8, 2, 0.5, 0), "constant": (1, 1, 1, 1, 1)}  # factors on the rate there, linear between
-SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit from which on q, if any, learns; then all is float32
+SECOND_PHASE = {"two_phase": 0.5, "constant": 0}  # share of a fit after which q, if any, learns, and all is float32
 FIT_BETAS = {"two_phase": (0.9, 0.95), "constant": (0.9, 0.999)}  # Adam's
 TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episodes end
-HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most so many measure errors
+HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most HOLD_OUT_MAX measure errors
 EXPONENT_MAX = 4.0  # Appendix C.1
 BETA_MIN, BETA_MAX = 1e-2, 1e7  # the greatest: Appendix C.4
 torch.distributions.Distribution.set_default_validate_args(False)  # the checks would wait for the device
@@ -123,7 +123,7 @@ class Args:
     num_elites: Count = 5  # members with the lowest hold-out error, used to imagine
     model_dim: Count = 200  # width of the dynamics' hidden layers
     model_layers: Count = 4  # hidden layers of the dynamics
-    model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics
+    model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics; a fit varies it (deviation 2)
     fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit proceeds (deviation 2)
     variance_weight: Fraction = 0.0  # rows count by their predicted variance to this power; 0.5 to 1 for rare rewards
     fit_every: Count = 250  # environment steps between fits
@@ -171,7 +171,7 @@ class ReplayBuffer:
     def __init__(self, trials, capacity, obs_dim, action_dim, device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
-        self.added = torch.zeros((), dtype=torch.long, device=device)
+        self.added = torch.zeros((), dtype=torch.long, device=device)  # a tensor: CUDA graphs see it change
         self.trial = torch.arange(trials, device=device)[:, None]  # a trial reads its own rows
 
     def rows(self):
@@ -319,14 +319,15 @@ class Agent(nn.Module):
 
     def __init__(self, args, obs_dim, action_dim):
         super().__init__()
-        self.args, self.obs_dim, trials, hidden = args, obs_dim, args.trials, (args.hidden_dim, args.hidden_dim)
-        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # dynamics: until SECOND_PHASE
+        self.args, self.obs_dim, trials = args, obs_dim, args.trials
+        hidden = (args.hidden_dim, args.hidden_dim)
+        self.low = torch.bfloat16 if args.matmul_precision == "medium" else None  # for the dynamics see fit_model
         self.actor = Actor((trials,), (obs_dim, *hidden, 2 * action_dim), dtype=self.low)
         dims = (obs_dim + action_dim, *hidden, 1)
         self.critic = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
         self.critic_target = StackedMLP((2, trials), dims, dtype=self.low, norm=args.critic_norm)
         self.critic_target.load_state_dict(self.critic.state_dict())
-        log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # else fixed, at what the paper's code base has
+        log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # else fixed, as in the code behind β-VMBPO
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
 
@@ -377,7 +378,7 @@ class Agent(nn.Module):
         return self.terminator(next_obs)
 
     def moments(self, model, obs, action, members=...):
-        """Mean and log-variance of normalised (Δobs, reward), of members at an index: (ensemble, trials, n, out)."""
+        """Mean and log-variance of normalised (Δobs, reward): (ensemble, trials, n, out), or of members at an index."""
         chosen = {name: parameter[members] for name, parameter in model.named_parameters()}
         return functional_call(model, chosen, self.inputs(torch.cat([obs, action], -1)))
 
@@ -458,6 +459,7 @@ class Agent(nn.Module):
             if self.args.log_ratio_in_critic:
                 log_ratio = posterior.log_prob(sample) - prior.log_prob(sample)
                 reward = reward - self.beta * log_ratio[..., : self.obs_dim].sum(-1, keepdim=True)  # eq. (12)
+            # the end is judged before clipping: a known rule may lie beyond the data
             chunks.append((next_obs.clamp(*self.state_range), reward, self.termination(o, a, next_obs)))
         return [torch.cat(column, 1) for column in zip(*chunks)]
 
@@ -494,7 +496,7 @@ class Agent(nn.Module):
             group["lr"] = rate
 
         def minibatch(second):
-            self.model.dtype = None if second else self.low
+            self.model.dtype = None if second else self.low  # None after a fit
             index = bootstrap.gather(-1, torch.randint(num_train, (*shape, args.batch_size), device=args.device))
             index += index // (HOLD_OUT_EVERY - 1) + 1  # of all rows: step over 0, 5, 10, ..., which are held out
             batch = buffer.storage[buffer.trial, index].split(buffer.widths, -1)  # (ensemble, trials, n, ·) each
@@ -532,8 +534,7 @@ class Agent(nn.Module):
         q = self.critic(torch.cat([obs, action], -1))  # (2, trials, n, 1)
         self.descend("critic", (q - target).square().mean((-2, -1)).sum())  # eq. (12)
         policy_action, log_prob = self.actor.sample(obs)
-        policy_q = self.critic(torch.cat([obs, policy_action], -1)).amin(0)
-        actor_loss = -policy_q  # eq. (13)
+        actor_loss = -self.critic(torch.cat([obs, policy_action], -1)).amin(0)  # eq. (13)
         if self.args.entropy == "both":  # an α that the actor does not feel cannot be tuned
             alpha = self.log_alpha.exp()
             actor_loss = actor_loss + alpha.detach() * log_prob - alpha * (log_prob.detach() + self.target_entropy)
@@ -545,9 +546,8 @@ class Agent(nn.Module):
     def learn(self, buffer, model_buffer):
         """All updates of one environment step, on real and imagined rows in the ratio asked for; returns metrics."""
         updates, num_real = self.args.updates_per_step, round(self.args.real_ratio * self.args.batch_size)
-        num_imagined = self.args.batch_size - num_real
-        real = buffer.sample(updates * num_real).unflatten(1, (updates, num_real))  # (trials, updates, n, row)
-        imagined = model_buffer.sample(updates * num_imagined).unflatten(1, (updates, num_imagined))
+        real = buffer.sample(updates * num_real).unflatten(1, (updates, -1))  # (trials, updates, n, row)
+        imagined = model_buffer.sample(updates * (self.args.batch_size - num_real)).unflatten(1, (updates, -1))
         for batch in torch.cat([real, imagined], 2).unbind(1):
             q, target, log_prob = self.update(batch.split(buffer.widths, -1))
         return {"loss/critic": (q - target).square().mean((0, -2, -1)), "value/q": q.mean((0, -2, -1)),
@@ -738,7 +738,7 @@ class Run:
 
 
 def set_precision(args):
-    """At medium float32 products stay exact. PyTorch's medium rounds them on GPUs and with AMX; else it is faster."""
+    """At medium float32 products stay exact. PyTorch's medium, faster elsewhere, rounds them on GPUs and with AMX."""
     if not args.device.startswith("cuda") and not torch.cpu.get_capabilities().get("avx512_bf16"):
         args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     rounded = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("amx_bf16")

@@ -131,7 +131,7 @@ class ReplayBuffer:
     def __init__(self, trials, capacity, obs_dim, action_dim, device):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.storage = torch.zeros(trials, capacity, sum(self.widths), device=device)  # (trials, capacity, row)
-        self.added = torch.zeros((), dtype=torch.long, device=device)
+        self.added = torch.zeros((), dtype=torch.long, device=device)  # a tensor: CUDA graphs see it change
         self.trial = torch.arange(trials, device=device)[:, None]  # a trial reads its own rows
 
     def rows(self):
@@ -525,7 +525,7 @@ class Run:
 
 
 def set_precision(args):
-    """At medium float32 products stay exact. PyTorch's medium rounds them on GPUs and with AMX; else it is faster."""
+    """At medium float32 products stay exact. PyTorch's medium, faster elsewhere, rounds them on GPUs and with AMX."""
     if not args.device.startswith("cuda") and not torch.cpu.get_capabilities().get("avx512_bf16"):
         args.matmul_precision = "highest"  # bfloat16 would be slower than float32
     rounded = args.device.startswith("cuda") or torch.cpu.get_capabilities().get("amx_bf16")
