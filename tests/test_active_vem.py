@@ -311,6 +311,26 @@ def test_planned_bound_discounts_and_may_end(horizon):
         agent.critic = lambda x: torch.zeros(2, *x.shape[:-1], 1).double()
 
 
+def test_gradient_of_a_plan_is_that_of_its_expectation():
+    """∂Ê/∂a of the reward 3 − 2 z'²: −4 b (a z + b u)."""
+    agent = simple_planner(1, lambda z: (torch.cat([z, 3 - 2 * z.square()], -1), torch.zeros_like(z)))
+    u = torch.full((1, 200_000, 1), -0.4).double().requires_grad_()
+    agent.planned_bound(torch.full_like(u, 0.8).detach(), u).mean().backward()
+    assert u.grad.sum().item() == pytest.approx(-4 * B * (A * 0.8 + B * -0.4), rel=0.02)
+
+
+@pytest.mark.parametrize("prior, budget", [("learned", 1.0), ("uniform", 2.4)])
+def test_plans_do_not_move_alpha(prior, budget):
+    """Its gradient is α (budget − KL of q(a) where it acts), whatever the plan costs."""
+    agent = build(2, 2, trials=2, plan_horizon=2, action_prior=prior)
+    rows, _, weight = fill(agent, 2, 2).sample(60, 5)
+    for opt in agent.opts.values():
+        opt.step = opt.zero_grad = lambda: None
+    metrics = agent.update(rows, weight)[1]
+    expected = agent.log_alpha.detach().exp().flatten() * (budget - metrics["policy/kl"])
+    torch.testing.assert_close(agent.log_alpha.grad.flatten(), expected)
+
+
 def test_the_action_prior_acts_in_imagined_steps():
     """Between the first action and V."""
     agent, calls = build(plan_horizon=4), []
@@ -339,15 +359,16 @@ def test_every_action_of_a_plan_but_the_first_costs_its_kl(prior):
     assert bound.mean().item() == pytest.approx(expected, abs=4 * bound.std().item() / math.sqrt(z.numel()) + 1e-9)
 
 
-def test_information_enters_the_plan_with_its_weight():
+@pytest.mark.parametrize("horizon, steps", [(1, 1), (2, 1 + 0.99)])
+def test_information_enters_the_plan_with_its_weight(horizon, steps):
     bounds = []
     for weight in (0.0, 2.0):
-        agent = build(info_weight=weight, plan_horizon=1)
+        agent = build(info_weight=weight, plan_horizon=horizon)
         agent.decode = lambda z: (torch.zeros(*z.shape[:-1], 3), None, torch.zeros_like(z[..., :1]))
         agent.information = lambda latent, prior: (torch.full_like(latent[..., :1], 0.3), None)
         agent.soft_value = lambda latent, critic: 0.0
         bounds.append(agent.planned_bound(torch.zeros(1, 5, 4), torch.zeros(1, 5, 1)).mean().item())
-    assert bounds[1] - bounds[0] == pytest.approx(0.1 * 2 * 0.3, rel=1e-5)  # α is 0.1 at the start
+    assert bounds[1] - bounds[0] == pytest.approx(0.1 * 2 * 0.3 * steps, rel=1e-5)  # α is 0.1 at the start
 
 
 @pytest.mark.parametrize("prior", ["learned", "uniform"])
@@ -470,24 +491,27 @@ def test_discriminative_prior_of_an_update(monkeypatch):
 
 
 def test_the_end_is_learned_from_the_prior():
-    """Deviation 5: log p(end) of z ~ p, here 3, and not of the z ~ q that has seen it, here −3."""
+    """Deviation 5: log p(end) of z ~ p, here N(3, 2²), and not of the z ~ q that has seen it, here −3."""
     agent = build(1, 1, latent_dim=1)
-    replace(agent, latent_prior=lambda z, u: (torch.full_like(z, 3.0), torch.full_like(z, -30.0)))
+    replace(agent, latent_prior=lambda z, u: (torch.full_like(z, 3.0), torch.full_like(z, math.log(2))))
     agent.decode = lambda z: (torch.cat([z, z], -1), agent.log_scale, z)
-    zero = torch.zeros(1, 4, 1)
-    ended, latent = torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1), zero - 3
-    metrics = agent.model_loss(zero, latent, (latent, zero), zero, torch.zeros(1, 4, 2), None, ended, zero + 1)[1]
-    expected = (math.log(1 / (1 + math.exp(-3))) + 3 * math.log(1 / (1 + math.exp(3)))) / 4
-    assert metrics["model/log_end"].item() == pytest.approx(expected, rel=1e-5)
+    zero = torch.zeros(1, 100_000, 1)
+    ended, latent = (torch.arange(100_000).view(1, -1, 1) % 4 == 0).float(), zero - 3
+    metrics = agent.model_loss(zero, latent, (latent, zero), zero, torch.zeros(1, 100_000, 2), None, ended, zero + 1)[1]
+    z = np.linspace(-17, 23, 4001)
+    log_end, log_no_end = -np.log1p(np.exp(-z)), -np.log1p(np.exp(z))
+    expected = ((0.25 * log_end + 0.75 * log_no_end) * np.exp(-((z - 3) ** 2) / 8)).sum() * 0.01 / math.sqrt(8 * math.pi)
+    assert metrics["model/log_end"].item() == pytest.approx(expected, abs=0.03)  # at the mean of p it is 0.2 above
 
 
-def test_terms_that_are_only_reported():
-    """Each under its name, as a mean over what counts; the random numbers of a run stay as they are."""
+def test_terms_that_are_only_reported(monkeypatch):
+    """Each under its name, as a mean over what counts, of z ~ p; the random numbers of a run stay as they are."""
     agent = build()
     buffer, state = fill(agent), torch.get_rng_state()
     mark = lambda value: lambda latent, *_: torch.full_like(latent[..., :1], value)
     agent.log_marginal = mark(3.0)
-    agent.information = lambda latent, prior: (mark(1.0)(latent), mark(2.0)(latent))
+    agent.information = lambda latent, prior: (mark(1.0)(latent), 2.0 * (latent == prior[0])[..., :1])
+    monkeypatch.setattr(VEM, "sample", lambda mean, log_std, *count: mean)
     found = {name: value.item() for name, value in agent.assess(buffer).items()}
     assert found == pytest.approx({"model/log_marginal": 3, "model/information": 1, "model/information_upper": 2})
     assert torch.equal(torch.get_rng_state(), state) and build(agent="discriminative").assess(buffer) == {}
@@ -510,6 +534,29 @@ def test_each_step_moves_its_own_networks(kind, monkeypatch):
     inference = {"generative": {"latent_posterior", "latent_prior", "first_latent", "decoder", "log_scale"},
                  "discriminative": {"latent_posterior", "latent_prior", "first_latent"}}[kind]
     assert moved == [{"critic"} | inference, {"actor", "log_alpha"}, {"prior_actor"}]
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_gradient_of_the_bound_by_finite_differences(kind):
+    """Of every parameter that the model's loss moves, in a random direction: through q(z), through time, into p(z)."""
+    agent = build(agent=kind)
+    rows, _, weight = fill(agent, length=9).sample(20, 5)
+    rows, weight = rows.double(), weight.double()
+    agent.double()
+
+    def loss():
+        torch.manual_seed(0)
+        return agent.model_loss(**agent.infer_latents(rows, weight))[0]
+
+    gradients, names = torch.autograd.grad(loss(), agent.model), {id(p): name for name, p in agent.named_parameters()}
+    for parameter, gradient in zip(agent.model, gradients):
+        direction, ends = torch.randn_like(parameter), []
+        for step in (1e-6, -2e-6):
+            parameter.data += step * direction
+            ends.append(loss().item())
+        parameter.data += 1e-6 * direction
+        expected = (ends[0] - ends[1]) / 2e-6
+        assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-4, abs=1e-6), names[id(parameter)]
 
 
 @pytest.mark.parametrize("kind", ["generative", "discriminative"])
@@ -720,6 +767,18 @@ def test_all_fresh_latent_states_are_kept(length):
     assert torch.equal(buffer.storage, before)
 
 
+def test_learning_keeps_the_latent_state_inferred_before_each_step():
+    agent = build(windows=1)
+    buffer = fill(agent, length=30)
+    drawn = _, place, weight = buffer.sample(1, 5)
+    buffer.sample = lambda *_: drawn
+    marks = torch.arange(6.0).view(1, 6, 1, 1).expand(1, 6, 1, 4)  # before each of five steps, and after the last
+    agent.update = lambda rows, weight: (marks, {})
+    agent.learn(buffer)
+    kept, counts = buffer.storage[0, place[0, :, 0], buffer.latent][:, 0], weight[0, :, 0, 0] > 0
+    assert torch.equal(kept[counts], torch.arange(5.0)[counts])
+
+
 def test_windows_start_from_what_was_inferred_there():
     """Within an episode from the row's latent state; at its beginning from the first one, with gradient."""
     agent = build()
@@ -811,8 +870,23 @@ def test_trials_do_not_feel_each_other(kind):
         assert not torch.equal(one.select(-3, 1), other.select(-3, 1)), key
 
 
+def test_the_loss_of_the_model_is_a_sum_over_trials(monkeypatch):
+    agent, total = build(trials=2), 0
+    rows, _, weight = fill(agent).sample(6, 5)
+    monkeypatch.setattr(VEM, "sample", lambda mean, log_std, *count: mean)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.zeros(size))
+    for trial in range(2):
+        one = slice(trial, trial + 1)
+        pick = lambda name, x: x[:, one] if "critic" in name else x[one] if x.ndim else x
+        alone = build()
+        alone.load_state_dict({name: pick(name, x) for name, x in agent.state_dict().items()})
+        total += alone.model_loss(**alone.infer_latents(rows[one], weight[one]))[0].item()
+    assert agent.model_loss(**agent.infer_latents(rows, weight))[0].item() == pytest.approx(total, rel=1e-5)
+
+
 def test_rates():
     """Deviation 9: one rate for critic and z where nothing else shapes z, a higher one where there is a model; it falls."""
+    assert (build().max_grad_norm, build(agent="discriminative").max_grad_norm) == (10, 0.3)
     rates = lambda agent: [float(opt.param_groups[0]["lr"]) for opt in agent.opts.values()]
     assert rates(build()) == pytest.approx([1e-3, 3e-3])
     assert rates(build(agent="discriminative")) == pytest.approx([1e-3, 1e-3])
@@ -831,6 +905,16 @@ def test_gradients_of_the_model_are_cut_per_trial_and_those_of_the_critic_are_no
     agent.clip_gradient()
     assert agent.first_latent.grad[:, 0].norm(dim=1).tolist() == pytest.approx([0.5, 0.01 * math.sqrt(4)])
     assert bias.grad.flatten().tolist() == pytest.approx([3.0, 0.01, 3.0, 0.01])
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_an_update_cuts_the_gradient_of_the_model(kind):
+    agent = build(agent=kind, max_grad_norm=1e-3)
+    rows, _, weight = fill(agent).sample(6, 5)
+    for opt in agent.opts.values():
+        opt.step = opt.zero_grad = lambda: None
+    agent.update(rows, weight)
+    assert torch.cat([p.grad.flatten() for p in agent.model]).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 # --- environments

@@ -181,6 +181,19 @@ def test_variance_weight(script, power, monkeypatch):
     torch.testing.assert_close(log_var.grad.sign(), rests)
 
 
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_the_loss_of_the_dynamics_is_a_sum_over_members_and_trials(script):
+    agent, buffer, _ = build(script, trials=2)
+    fill(script, buffer)
+    batch = [column.expand(3, -1, -1, -1) for column in buffer.storage[:, :50].split(buffer.widths, -1)]
+    obs, action, reward, next_obs, _ = batch
+    mean, log_var = agent.moments(agent.model, obs, action)
+    log_prob = Normal(mean, (0.5 * log_var).exp()).log_prob(torch.cat([next_obs - obs, reward], -1))
+    nll = -2 * log_prob.mean().item() - math.log(2 * math.pi)
+    bounds = 0.01 / 3 * (0.5 + 10) * 4  # of the log-variances of four numbers
+    assert agent.model_loss(agent.model, batch).item() == pytest.approx(3 * 2 * (nll + bounds), rel=1e-4)
+
+
 @pytest.mark.parametrize("script", VARIATIONAL, ids=name)
 @pytest.mark.parametrize("estimator", ["mixture", "members"])
 def test_divergence_against_distributions(script, estimator):
@@ -399,6 +412,19 @@ def test_squashed_gaussian_density():
     assert -log_prob.mean().item() == pytest.approx(entropy.item(), abs=0.01)
 
 
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_log_std_of_the_actor_is_bounded(script):
+    actor = script.Actor((1,), (3, 4, 4))
+    actor.layers[-1].weight.data.zero_()
+    actor.layers[-1].bias.data[..., 2:] = torch.tensor([9.0, -9.0])
+    assert actor(torch.zeros(1, 1, 3))[1].flatten().tolist() == [2, -5]
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_target_entropy_by_default(script):
+    assert build(script, action_dim=6)[0].target_entropy == -3
+
+
 class PlainSAC:
     """Soft actor-critic with torch.nn and an unfused Adam, from weights of one trial of an agent."""
 
@@ -520,6 +546,17 @@ def test_batches_mix_real_and_imagined_rows(script, ratio, real):
         rows = torch.cat(batch, -1)
         assert rows.shape[:2] == (2, 256) and (rows.amin(-1) == rows.amax(-1)).all()
         assert ((rows[..., 0] == 1).sum(1) == real).all() and ((rows[..., 0] == 2).sum(1) == 256 - real).all()
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_updates_of_a_step_have_rows_of_their_own(script):
+    agent, buffer, model_buffer = build(script, real_ratio=0.5, updates_per_step=4)
+    for kind, first in ((buffer, 0.0), (model_buffer, 5000.0)):
+        kind.add((first + torch.arange(1000.0)).view(1, 1000, 1).expand(-1, -1, sum(kind.widths)))
+    seen, nothing = [], torch.zeros(2, 1, 32, 1)
+    agent.update = lambda batch: seen.append(batch[0][0, :, 0]) or (nothing, nothing[0], nothing[0])
+    agent.learn(buffer, model_buffer)
+    assert torch.cat(seen).unique().numel() > 100  # of 128 draws; were real rows shared, 80 at most
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
@@ -661,6 +698,31 @@ def test_what_a_fit_reports(script):
             assert found["model/effective_sample_size"] == pytest.approx([1 / 1.25]) and found["model/kl"] == [7]
         if script is BETA:
             assert agent.kl.tolist() == [7] and found["model/beta"] == pytest.approx([100])
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_hold_out_errors_of_a_large_buffer_are_of_all_of_it(script, monkeypatch):
+    monkeypatch.setattr(script, "HOLD_OUT_MAX", 10)
+    agent, buffer, _ = build(script)
+    rows = torch.zeros(1, 100, sum(buffer.widths))
+    rows[:, 50:, 5] = 2.0
+    buffer.add(rows)
+    agent.moments = lambda model, obs, action: (torch.zeros(3, 1, obs.shape[1], 4), None)
+    agent.predict = lambda obs, action: (obs, None, torch.zeros_like(obs[..., :1]))
+    agent.divergence = lambda obs: torch.zeros(1)
+    found = agent.assess(buffer, *([] if script is MBPO else [torch.ones(1, 100, 1)]))
+    assert found["model/prior_error"].item() == pytest.approx(0.5)  # of half the rows 2², of one in four numbers
+
+
+@pytest.mark.parametrize("script", VARIATIONAL, ids=name)
+def test_kl_is_measured_where_actions_were_taken(script):
+    """At the states before a step, here 0, and not at those after it, here 2."""
+    agent, buffer, _ = build(script)
+    rows = torch.zeros(1, 100, sum(buffer.widths))
+    rows[..., 6:9] = 2
+    buffer.add(rows)
+    agent.divergence = lambda obs: 7 + obs.amax((1, 2))
+    assert agent.assess(buffer, torch.ones(1, 100, 1))["model/kl"].tolist() == [7]
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)
@@ -819,6 +881,16 @@ def test_a_branch_goes_on_from_where_it_came_unless_it_ended(script):
             assert tuple(obs[0, i].tolist()) in real
         else:
             assert torch.equal(obs[0, i], next_obs[0, before])
+
+
+@pytest.mark.parametrize("script", ALL, ids=name)
+def test_a_branch_ends_with_its_probability(script):
+    agent, buffer, model_buffer = build(script, horizon=2, rollouts=1000)
+    fill(script, buffer)
+    agent.predict = lambda obs, action: (obs + 100, 0 * obs[..., :1], torch.full_like(obs[..., :1], 0.25))
+    agent.imagine(buffer, model_buffer, 10)
+    began_anew = model_buffer.rows()[0, 1000:, 0] < 50
+    assert began_anew.float().mean().item() == pytest.approx(0.25, abs=0.06)
 
 
 @pytest.mark.parametrize("script", ALL, ids=name)

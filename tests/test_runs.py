@@ -292,6 +292,63 @@ def test_random_actions_are_held(name):
     assert [step for step in range(1, 20) if actions[step] != actions[step - 1]] == [3, 6, 9, 10, 13, 16, 19]
 
 
+@pytest.mark.parametrize("name", [*MODEL_BASED, "sac_iterative"])
+def test_training_explores(name, monkeypatch):
+    """Actions after the random ones, standardised by a policy that does not learn, are standard normal."""
+    monkeypatch.setattr(SCRIPTS[name].Agent, "learn", lambda *_: {})
+    agent = run(name, env_id="Pendulum-v1", total_steps=150, eval_every=1000, inference="direct", run_dir="run").agent
+    rows = checkpoint("run")["buffers"][0]["storage"][:, 20:150]
+    with torch.no_grad():
+        policy = agent.infer(rows[..., :3])[0][-1].unbind(-2) if name == "sac_iterative" else agent.actor(rows[..., :3])
+    noise = (rows[..., 3:4].atanh() - policy[0]) / policy[1].exp()
+    assert abs(noise.mean().item()) < 0.3 and noise.std().item() == pytest.approx(1, abs=0.25)
+
+
+def test_active_vem_explores_and_stores_what_it_perceived(monkeypatch):
+    """z and actions, standardised by q(z) and q(a) that do not learn, are standard normal."""
+    agent_class, seen = SCRIPTS["active_vem"].Agent, []
+    perceive = agent_class.perceive
+    monkeypatch.setattr(agent_class, "learn", lambda *_: {})
+    monkeypatch.setattr(agent_class, "fit_scales", lambda *_: None)
+    monkeypatch.setattr(agent_class, "perceive", lambda *args, **kw: seen.append(perceive(*args, **kw)) or seen[-1])
+    agent = run("active_vem", env_id="Pendulum-v1", total_steps=150, eval_every=1000, run_dir="run").agent
+    rows = checkpoint("run")["buffers"][0]["storage"][:, :150]
+    obs, action, reward, _, _, latent, _ = rows.split(agent.widths, -1)
+    assert torch.equal(latent, torch.cat(seen[:150], 1))
+    with torch.no_grad():
+        sight = agent.sight(obs[:, 1:], reward[:, :-1], obs[:, :-1])
+        state, policy = agent.latent_posterior(latent[:, :-1], action[:, :-1], sight), agent.actor(latent[:, 20:])
+    for x, (mean, log_std) in ((latent[:, 1:], state), (action[:, 20:].atanh(), policy)):
+        noise = (x - mean) / log_std.exp()
+        assert abs(noise.mean().item()) < 0.3 and noise.std().item() == pytest.approx(1, abs=0.25)
+
+
+@model_based
+def test_order_of_a_step(name, monkeypatch):
+    """A fit, roll-outs in it, then updates; every step moves β."""
+    calls, agent = [], SCRIPTS[name].Agent
+    for method in {"fit_model", "imagine", "learn", "update_beta"} & {*dir(agent)}:
+        record = lambda self, *args, own=getattr(agent, method), method=method: calls.append(method) or own(self, *args)
+        monkeypatch.setattr(agent, method, record)
+    run(name, env_id="tiny_envs:Counter-v0", total_steps=31, run_dir="run")
+    step = ["learn"] + ["update_beta"] * (name == "beta_vmbpo")
+    assert calls == ["fit_model", "imagine", *step * 10, "fit_model", "imagine", *step * 2]
+
+
+def test_active_vem_fits_its_scales_every_so_often(monkeypatch):
+    calls, agent = [], SCRIPTS["active_vem"].Agent
+    fit = agent.fit_scales
+    monkeypatch.setattr(agent, "fit_scales", lambda self, buffer: calls.append(int(buffer.added)) or fit(self, buffer))
+    run("active_vem", env_id="tiny_envs:Counter-v0", scale_every=8, run_dir="run")
+    assert calls == [20, 28, 36]
+
+
+@pytest.mark.parametrize("task, ended", [("Counter-v0", 1), ("Endless-v0", 0)])
+def test_plans_of_active_vem_end_once_an_end_was_seen(task, ended):
+    agent = run("active_vem", env_id=f"tiny_envs:{task}", max_eval_steps=10, run_dir="run").agent
+    assert agent.ever_ended.item() == ended
+
+
 def test_all_methods_begin_with_the_same_transitions():
     """At one seed, whatever their networks have drawn; a trial of seed 4 is the second of two that begin at seed 3."""
     first = []

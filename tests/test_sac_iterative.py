@@ -223,6 +223,13 @@ def test_network_gradient_is_that_of_the_objective_of_each_step(monkeypatch):
     torch.testing.assert_close(metrics["policy/objective_last"].mean(), total[-1].detach())
 
 
+def test_every_estimate_of_a_gradient_has_all_samples(monkeypatch):
+    agent = build(inference_iters=3)
+    drawn = fix_noise(agent, monkeypatch)
+    agent.actor_loss(states())
+    assert [noise.shape[1] for noise in drawn] == [agent.args.action_samples] * 4
+
+
 @both
 def test_no_iterations_return_the_prior(inference):
     agent, obs = build(inference=inference, prior_std=0.5, prior="uniform"), states(2000)
@@ -404,6 +411,21 @@ def test_critic_target_takes_the_inferred_action(prior, monkeypatch):
     expected = j_tilde(slow, 0, obs[0], params[0, :, 0], params[0, :, 1], drawn[3][0])
     assert len(drawn) == 4 and drawn[3].shape == (1, 1, 6, ACT) and not value.requires_grad
     torch.testing.assert_close(value[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 2.5])
+def test_critic_target_is_as_pessimistic(pessimism, monkeypatch):
+    agent, obs = build(pessimism=pessimism, inference="direct", prior="uniform"), states()
+    for parameter in agent.critic_target.parameters():
+        parameter.data.normal_(0, 0.3)
+    drawn = fix_noise(agent, monkeypatch)
+    value = agent.value(obs)[0, :, 0]
+    mean, log_std = agent.infer(obs)[0][-1][0].unbind(1)
+    action = (mean + log_std.exp() * drawn[-1][0, 0]).tanh()
+    x = torch.cat([obs[0], action], -1)
+    q = torch.cat([perceptron(agent.critic_target, i, 0)(x) for i in (0, 1)], -1)
+    log_prob = tanh_gaussian(mean, log_std.exp()).log_prob(action)
+    torch.testing.assert_close(value, q.mean(-1) - pessimism * q.std(-1) - agent.log_alpha.exp().item() * log_prob)
 
 
 @priors

@@ -452,6 +452,24 @@ def test_evaluations_are_spread_over_the_episodes():
     assert history["episode"].tolist() == [0, 30, 60, 90] and history["return"].shape == (4, 2)
 
 
+@pytest.mark.parametrize("method", ("q-learning", "vmbpo"))
+def test_learners_begin_at_q_init(method):
+    assert (tr.learn(small_world(), method, 0, q_init=0.1, evals=1)["q"] == 0.1).all()
+
+
+def test_learners_report_the_real_outcome_of_their_greedy_policy():
+    mdp = tr.grid_world(True)
+    history = tr.learn(mdp, "q-learning", 2000, trials=2, evals=1)
+    for trial in range(2):
+        policy, state, total, falls = np.eye(4)[history["q"][trial].argmax(-1)], mdp.start, 0.0, 0.0
+        for t in range(200):
+            total += mdp.gamma**t * state @ (policy * mdp.reward).sum(1)
+            state = np.einsum("s,sa,sat->t", state, policy, transition(mdp))
+            falls += state[100]
+        found = history["return"][-1, trial], history["falls"][-1, trial]
+        assert found == pytest.approx((total, falls))
+
+
 def test_beta_stays_between_its_rails():
     ends = tr.learn(small_world(), "beta-vmbpo", 100, 2, kl_budget=[1e-9, 1e9], beta_lr=10.0, evals=1)["beta"][-1]
     np.testing.assert_allclose(ends, [1e7, 1e-2])
@@ -471,6 +489,14 @@ def test_beta_rises_if_and_only_if_the_kl_exceeds_its_budget():
     assert (kl[5:, 0] > 1e-6).all() and (steps[5:, 0] > 0).all()
     assert (kl[:, 1] < 10).all() and (steps[:, 1] < 0).all()
     assert np.abs(steps[5:, 0]).max() == pytest.approx(100 * 5e-4)  # the clip: 5e-4 per episode, 100 episodes a round
+
+
+def test_dual_steps_are_in_proportion_to_the_violation():
+    budget = 3e-3
+    history = tr.learn(tr.grid_world(True), "beta-vmbpo", 6000, trials=2, kl_budget=budget, beta=30.0, evals=60)
+    steps, violation = np.diff(np.log(history["beta"]), axis=0), history["kl"][1:] / budget - 1
+    np.testing.assert_allclose(steps, 100 * 5e-4 * np.clip(violation, -1, 1), atol=1e-12)
+    assert ((0.1 < abs(violation)) & (abs(violation) < 0.9)).sum() > 5, "every step was clipped: the test shows nothing"
 
 
 def test_dual_descent_from_four_starts_finds_the_beta_that_meets_the_budget():
@@ -660,6 +686,14 @@ def test_the_csv_of_fig_2_holds_both_dynamics_the_plan_and_its_path(capsys, tmp_
         state = np.einsum("s,sa,sat->t", state, policy, matrix)
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[0] == "1" and float(last[3]) == pytest.approx(total, rel=1e-3)
+
+
+def test_the_csv_of_fig_1_holds_the_kl(tmp_path):
+    tr.main(["--out-dir", str(tmp_path)])
+    for row in csv_rows(tmp_path, "risky_arm")[::50]:
+        q = float(row["p_a"]), float(row["p_b"])
+        kl = sum(x * math.log(x / p) for x, p in zip(q, (0.9, 0.1)) if x > 0)
+        assert float(row["kl"]) == pytest.approx(kl, rel=0.02, abs=1e-4)
 
 
 def test_the_csv_of_learners_holds_means_and_deviations_over_the_trials():
