@@ -17,8 +17,8 @@ roll-outs that branch off replayed states, mixed with real transitions as in the
 E_env is over replayed transitions, E_model over imagined ones; Q' are target critics. The numbers are the β-VMBPO
 paper's, whose objectives are these where q is p, but for the terms with α.
 Deviations from Janner et al., each with the flag that goes back where there is one; docs/mbpo.md says more:
- 1. A fit makes five passes, but 200 to 800 minibatches, so at 300,000 rows less than one pass; theirs makes seven or
-    more and stops by the hold-out error.
+ 1. A fit makes five passes, but 200 (at first 400) to 800 minibatches, so at 300,000 rows less than one pass; theirs
+    makes seven or more and stops by the hold-out error.
  2. Within a fit the rate rises to eight times its own and falls to zero. Adam's β₂ is 0.95: with a longer memory a fit
     can undo the one before. `--fit-rule constant`: neither.
  3. A decision tree learns when episodes end. `--termination-fn`: a known rule.
