@@ -411,6 +411,43 @@ def test_model_based_learner_ends_at_the_exact_solution():
     assert np.abs(learned - exact).max() < 0.02 and np.abs(exact - tr.soft_value_iteration(mdp, np.inf)).max() > 0.2
 
 
+def test_learner_matches_plain_loops():
+    """β-VMBPO with one actor, trial by trial and number by number, from the same random draws."""
+    rng = np.random.default_rng(3)
+    states, choices, episodes, trials, rate, budget, beta_lr = 4, 6, 3, 2, 0.1, 0.01, 0.3
+    reward, transition = rng.uniform(-1, 1, (states, choices)), rng.dirichlet(np.ones(states), (states, choices))
+    mdp = tr.make_mdp(reward, 0, transition, gamma=0.8)
+    start_beta = np.array([0.3, 2.0])
+    draws = np.random.default_rng(5)
+    episode_draws = [(draws.random(trials), draws.random((200, 2, 2, trials), np.float32)) for _ in range(episodes)]
+    found = tr.learn(mdp, "beta-vmbpo", episodes, trials, start_beta, budget, 0.0, 5, 1, rate, beta_lr, episodes)
+    for trial in range(trials):
+        q, counts, beta, kl_seen, untried = np.zeros((states, choices)), {}, start_beta[trial], [], 0
+        for _, steps in episode_draws:
+            state, kls = 0, []
+            for luck, wind in steps[..., trial]:
+                real, imagined = [
+                    int(draw / tr.EXPLORE * choices) if draw < tr.EXPLORE else int(q[state].argmax()) for draw in luck
+                ]
+                after = int((wind[0] >= mdp.probability[state, real].cumsum()[:-1]).sum())
+                counts.setdefault((state, real), np.zeros(states))[after] += 1
+                if (state, imagined) in counts:
+                    p = counts[state, imagined] / counts[state, imagined].sum()
+                    tilted = p * np.exp(q.max(1))
+                    posterior = tilted / tilted.sum()
+                    kls.append(sum(b * math.log(b / a) for a, b in zip(p, posterior) if a > 0))
+                    target = mdp.reward[state, imagined] / beta + 0.8 * math.log(tilted.sum())
+                    q[state, imagined] += rate * (target - q[state, imagined])
+                untried += (state, imagined) not in counts
+                state = after
+            kl_seen.append(np.mean(kls))
+            beta *= math.exp(beta_lr * min(max(kl_seen[-1] / budget - 1, -1), 1))
+        np.testing.assert_allclose(found["q"][trial], q, rtol=1e-9)
+        np.testing.assert_allclose(found["kl"][1:, trial], kl_seen, rtol=1e-9)
+        assert found["beta"][-1, trial] == pytest.approx(beta, rel=1e-9)
+        assert untried > 3, "every imagined choice was known: the test shows nothing of those that are not"
+
+
 def test_q_learning_ends_at_value_iteration():
     learned = tr.learn(small_world(), "q-learning", 4000, trials=3, evals=1, learning_rate=0.002)["q"]
     np.testing.assert_allclose(learned, [tr.soft_value_iteration(small_world(), np.inf)] * 3, atol=0.05)
