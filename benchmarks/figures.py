@@ -120,8 +120,8 @@ def styles(labels):
 def draw_line(args, axis, rows, **style):
     """A line and its band; returns the number of trials."""
     steps, values = curve(rows)
-    if rows[0]["metric"] in LOG_METRICS:  # geometric mean and spread, as the axis is logarithmic
-        found = np.exp(spread(np.log(np.maximum(values, 1e-8)), args.aggregate))
+    if rows[0]["metric"] in LOG_METRICS:  # geometric, as the axis is logarithmic; no line for a KL that is always 0
+        found = np.exp(spread(np.log(np.maximum(values, 1e-8 if values.any() else np.nan)), args.aggregate))
     else:
         found = spread(values, args.aggregate)
     band(axis, steps, *found, **style)

@@ -2,7 +2,7 @@
 
     python benchmarks/fits.py                       # records, refits, writes results/fits.csv, draws figures/fits.png
 
-Each task is recorded once: random actions, then the last 5,000 steps of a soft actor-critic, so that the data shift. The
+Each task is recorded once: random actions, then the last 5,000 steps of a soft actor-critic, so that data shift. The
 dynamics are refitted as 250 rows at a time are added, by `fit_model` of `beta_vmbpo.py` under each rule, then thrice on
 the same rows. The last fit is made again for every β, and seven times at β = 10 with other minibatches.
 """
@@ -141,7 +141,7 @@ def draw(rows, figure):
 def main(args):
     at_least(args, refits=2)
     rows = (row for task in args.tasks for rule in args.rules for row in study(task, rule, args))
-    size, title = (4 * max(len(args.tasks), 2), 7), "Refits of the dynamics under different rules"
+    size, title = (4 * max(len(args.tasks), 2), 7), "Refits of the dynamics under different rules, one seed"
     return publish(args.out, None if args.from_csv else rows, draw, size, title)
 
 

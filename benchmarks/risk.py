@@ -119,7 +119,7 @@ def main(args):
             means = {key: np.nanmean([float(row[key]) for row in trials]) for key in [*rows[0]][2:]}
             yield f"{label}: " + "  ".join(f"{key} {value:.3g}" for key, value in means.items())
 
-    return publish("risk", rows, draw, (9.6, 0.4 + 2.6 * height), "20 episodes per trial (colours); green: what pays")
+    return publish("risk", rows, draw, (9.6, 0.4 + 2.6 * height), "(x, y) of 20 episodes per trial; green pays")
 
 
 if __name__ == "__main__":
