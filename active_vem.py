@@ -67,11 +67,11 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 MEAN_MAX = 10.0  # bound on the means of z and of atanh(a)
 RATE_HOLD = 1000  # the model's rate falls as one over the root of 1 + updates / this
-POLICY_EVERY = 2  # q(a) and p(a) learn from every other column of an update, of an even number every other window
+POLICY_EVERY = 2  # q(a) and p(a) learn from every other column: where --windows is even, from every other window
 UNIFORM_VAR = math.pi**2 / 12  # variance of atanh(a) for a uniform in [-1, 1]
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
-Rows = Annotated[int, (10, 1e9)]
+Rows = Annotated[int, (10, 2**24)]  # sampling tells no more apart
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
 Chosen = Annotated[float | None, (1e-12, 1e9)]
@@ -108,7 +108,7 @@ class Args:
     updates_per_step: Count = 1  # updates of everything per environment step
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
     windows: Count = 32  # windows per update
-    window_length: Count = 20  # steps of a window, within one episode
+    window_length: Annotated[int, (2, 1e9)] = 20  # steps of a window, within one episode
     scale_every: Count = 250  # environment steps between fits of the scales of observation and reward
     latent_dim: Count = 8  # dimensions of z
     model_dim: Count = 64  # width of the dynamics' hidden layers
@@ -341,8 +341,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def begin(self, obs):
         """For an episode's first obs (trials, n, obs_dim): last_latent, last_action, reward, last_obs of perceive()."""
-        reward = torch.zeros_like(obs[..., :1])
-        return self.first_latent.expand(-1, obs.shape[1], -1), reward.expand(-1, -1, self.action_dim), reward, obs
+        nothing = torch.zeros_like(obs[..., :1])
+        return self.first_latent.expand(-1, obs.shape[1], -1), nothing.expand(-1, -1, self.action_dim), nothing, obs
 
     @torch.no_grad()
     def perceive(self, obs, last_latent, last_action, reward, last_obs, deterministic=False):
@@ -443,9 +443,9 @@ class Agent(nn.Module):
             if not inferred:
                 latent = torch.where(time == 0, latent, stored)
             inferred.append((latent, mean, log_std))
-        latent, *posterior = (torch.cat(parts, 1) for parts in zip(*inferred))
+        latent, mean, log_std = (torch.cat(parts, 1) for parts in zip(*inferred))
         weight = torch.cat([weight[:, 0] * (time == 0), weight.flatten(1, 2)], 1)
-        return {"last_latent": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": posterior,
+        return {"last_latent": torch.cat([before, latent[:, :-n]], 1), "latent": latent, "posterior": [mean, log_std],
                 "last_action": last_action, "percept": sight[..., : obs.shape[-1] + 1], "sight": sight,
                 "ended": F.pad(terminated, nothing), "weight": weight}
 
@@ -486,10 +486,10 @@ class Agent(nn.Module):
         of_posterior = (2 * log_std).exp() + (mean - prior_mean).square()
         of_uniform = UNIFORM_VAR + prior_mean.square()
         of_mixture = of_posterior.lerp(of_uniform, self.args.prior_mix)
-        prior_loss = prior_log_std + 0.5 * of_mixture * (-2 * prior_log_std).exp()  # eq. (8)
+        prior_loss = (prior_log_std + 0.5 * of_mixture * (-2 * prior_log_std).exp()).sum(-1, keepdim=True)  # eq. (8)
         metrics = {"policy/kl": weighted_mean(kl, weight), "policy/alpha": alpha.flatten(),
                    "policy/entropy": -weighted_mean(log_prob, weight)}
-        return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss.sum(-1, keepdim=True), weight).sum(), metrics
+        return weighted_mean(loss, weight).sum(), weighted_mean(prior_loss, weight).sum(), metrics
 
     def clip_gradient(self):
         """Cut the model's gradient, per trial. The critic's is left: its rare large ones are the ends of episodes."""

@@ -63,7 +63,7 @@ from tqdm import tqdm
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
-Rows = Annotated[int, (10, 1e9)]
+Rows = Annotated[int, (10, 2**24)]  # sampling tells no more apart
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
 Number = Annotated[float | None, (-1e9, 1e9)]
@@ -105,22 +105,22 @@ class Args:
     inference_iters: Count = 2  # K: iterations of iterative inference
     action_samples: Annotated[int, (0, 1e6)] = 0  # actions that estimate J̃ of a state; 0: 200 on CUDA, 10 on the CPU
     prior: Literal["gaussian", "uniform"] = "gaussian"  # prior of the action: tanh of N(0, prior_std²), or uniform
-    prior_std: Annotated[float, (0.01, 100)] = 1.0  # σ of the Gaussian prior, and of λ_0 under either prior
+    prior_std: Annotated[float, (0.01, 50)] = 1.0  # σ of the Gaussian prior, and of λ_0 under either prior
     inputs: Literal["params_grads", "grads"] = "params_grads"  # inference network sees state, λ and ∇J̃, or no λ
     input_norm: Literal["rms", "layer", "none"] = "rms"  # ∇J̃ over its rms; λ and ∇J̃ standardised; both as they are
     pessimism: Annotated[float, (0, 100)] = 0.5**0.5  # c of mean − c·std over the twin critics; √½ is their minimum
 
     def conflicts(self):
         """(flag, rule) of every flag of the algorithm that has no effect."""
-        for name in ("inference_iters", "inputs", "input_norm", "prior_std"):
-            ignored = self.inference == "direct" and (name != "prior_std" or self.prior == "uniform")
-            if ignored and getattr(self, name) != getattr(Args, name):
+        of_prior = ["prior_std"] if self.prior == "uniform" else []
+        for name in ["inference_iters", "inputs", "input_norm", *of_prior]:
+            if self.inference == "direct" and getattr(self, name) != getattr(Args, name):
                 yield name, f"has no effect with --inference direct --prior {self.prior}"
 
     def floats(self, obs_dim, action_dim):
         """About how many numbers a run keeps: its rows, networks with their gradients and moments, activations."""
         rows = self.buffer_size + self.updates_per_step * self.batch_size
-        samples = self.action_samples or (10 if self.device == "cpu" else 200)
+        samples = self.action_samples or (200 if self.device.startswith("cuda") else 10)
         policy = 24 * self.hidden_dim * (self.hidden_dim + self.batch_size * samples)
         return self.trials * (rows * (2 * obs_dim + action_dim + 2) + policy)
 
@@ -136,7 +136,7 @@ class ReplayBuffer:
 
     def rows(self):
         """All rows there are: (trials, count, row)."""
-        return self.storage[:, : int(self.added)]
+        return self.storage[:, : int(self.added)]  # of a full ring the slice is all
 
     def add(self, *columns):
         """columns: tensors (trials, n, width) in the order of a row; n at most the capacity."""
@@ -230,6 +230,8 @@ class Agent(nn.Module):
         self.kl_constant = action_dim * math.log(2) if args.prior == "uniform" else 0.0  # kl() leaves it out
         target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
         self.kl_target = action_dim * math.log(2) - target_entropy  # with a uniform prior this is SAC's rule
+        if self.kl_target <= 0:
+            fail(f"--target-entropy {args.target_entropy}: must be below {action_dim * math.log(2):.3g}, |A| ln 2")
         self.iterative = args.inference == "iterative"
         self.iters = args.inference_iters if self.iterative else 1
 
@@ -325,14 +327,15 @@ class Agent(nn.Module):
         trace, grads, objectives, gates = self.infer(obs)
         noise = self.noise(obs, self.args.action_samples)
         grad, objective, kl = self.gradient(obs, trace[-1], noise)  # at λ_K
-        # λ_k·∇J̃(λ_k), with ∇J̃ held constant, has the gradient of J̃(λ_k). infer() has every ∇J̃ but that at λ_K.
-        gain = torch.stack(trace[1:]) * torch.stack([*grads[1:], grad])  # (K, trials, n, 2, action_dim)
+        grads, objectives = [*grads, grad], [*objectives, objective]  # at λ_0, ..., λ_K
+        # λ_k·∇J̃(λ_k), with ∇J̃ held constant, has the gradient of J̃(λ_k)
+        gain = torch.stack(trace[1:]) * torch.stack(grads[1:])  # (K, trials, n, 2, action_dim)
         log_prob = self.log_prob(trace[-1].detach(), noise)
         kl = kl + self.kl_constant
         alpha_loss = self.log_alpha.exp() * (self.kl_target - kl)
         metrics = {"policy/entropy": -log_prob, "policy/kl": kl, "policy/objective_last": objective}
         if self.iterative:
-            metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": (*objectives, objective)[1],
+            metrics |= {"policy/objective_prior": objectives[0], "policy/objective_first": objectives[1],
                         "policy/gate": torch.stack(gates).detach().mean(0).flatten(-2)}
         return alpha_loss.mean((-2, -1)).sum() - gain.sum((-2, -1)).mean((0, -1)).sum(), metrics
 

@@ -67,7 +67,7 @@ TREE_DEPTH, TREE_ROWS = 8, 50_000  # of the decision tree that learns when episo
 HOLD_OUT_EVERY, HOLD_OUT_MAX = 5, 2000  # every fifth row never trains the dynamics; at most HOLD_OUT_MAX measure errors
 
 Count = Annotated[int, (1, 1e9)]  # a flag's type, its least and its greatest value
-Rows = Annotated[int, (10, 1e9)]
+Rows = Annotated[int, (10, 2**24)]  # sampling tells no more apart
 Fraction = Annotated[float, (0, 1)]
 Positive = Annotated[float, (1e-12, 1e9)]
 Number = Annotated[float | None, (-1e9, 1e9)]
@@ -105,21 +105,21 @@ class Args:
     updates_per_step: Count = 20  # actor-critic updates per environment step
     target_entropy: Number = None  # entropy that α is tuned to, in nats; default −(action dimensions)/2
     entropy: Literal["both", "critic", "none"] = "both"  # where the entropy bonus enters; both: actor and critic
-    real_ratio: Fraction = 0.05  # share of real transitions in each batch
+    real_ratio: Fraction = 0.05  # share of real transitions in each batch, rounded to whole rows
     buffer_size: Rows = 1_000_000  # real transitions kept per trial
-    model_buffer_size: Count = 400_000  # imagined transitions kept per trial
+    model_buffer_size: Rows = 400_000  # imagined transitions kept per trial
     ensemble_size: Count = 7  # members of the dynamics ensemble
     num_elites: Count = 5  # members with the lowest hold-out error, used to imagine
     model_dim: Count = 200  # width of the dynamics' hidden layers
     model_layers: Count = 4  # hidden layers of the dynamics
     model_learning_rate: Positive = 1e-3  # Adam's, of the dynamics; a fit varies it (deviation 2)
     fit_rule: Literal["two_phase", "constant"] = "two_phase"  # how a fit proceeds (deviation 2)
-    variance_weight: Fraction = 0.0  # rows count by their predicted variance to this power; 0.5 to 1 for rare rewards
+    variance_weight: Fraction = 0.0  # errors count by predicted variance to this power; 0.5 to 1 for rare rewards
     fit_every: Count = 250  # environment steps between fits
     epochs: Count = 5  # passes over the data per fit
     min_first_batches: Count = 400  # least minibatches of the first fit: five passes over a small buffer are too few
     min_batches: Count = 200  # least minibatches of a later fit
-    max_batches: Count = 800  # most minibatches of a fit: beyond 51,000 rows it makes fewer than five passes
+    max_batches: Count = 800  # most minibatches of any fit: beyond 51,000 rows it makes fewer than five passes
     rollouts: Count = 100_000  # states from which transitions are imagined at a time
     imagine_every: Count = 250  # environment steps between these times
     horizon: Count = 1  # imagined steps per roll-out; above 1 they follow the policy away from replayed states
@@ -129,8 +129,8 @@ class Args:
 
     def conflicts(self):
         """(flag, rule) of every combination of the algorithm's flags that cannot work."""
-        if self.num_elites > self.ensemble_size:
-            yield "num_elites", "must be at most --ensemble-size"
+        if self.num_elites > min(self.ensemble_size, self.rollouts):
+            yield "num_elites", "must be at most --ensemble-size and --rollouts"
         if self.rollouts * self.horizon > self.model_buffer_size:
             yield "rollouts", "times --horizon must be at most --model-buffer-size"
         if self.horizon_until < self.horizon_from:
@@ -159,7 +159,7 @@ class ReplayBuffer:
 
     def rows(self):
         """All rows there are: (trials, count, row)."""
-        return self.storage[:, : int(self.added)]
+        return self.storage[:, : int(self.added)]  # of a full ring the slice is all
 
     def add(self, *columns):
         """columns: tensors (trials, n, width) in the order of a row; n at most the capacity."""
@@ -313,6 +313,8 @@ class Agent(nn.Module):
         log_alpha = 0.0 if args.entropy == "both" else math.log(0.2)  # else fixed, as in the code behind β-VMBPO
         self.log_alpha = nn.Parameter(torch.full((trials, 1, 1), log_alpha))
         self.target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
+        if self.target_entropy >= action_dim * math.log(2):
+            fail(f"--target-entropy {args.target_entropy}: must be below {action_dim * math.log(2):.3g}, |A| ln 2")
 
         ensemble, model_dims = (args.ensemble_size, trials), (args.model_dim,) * args.model_layers
         self.model = Dynamics(ensemble, obs_dim + action_dim, obs_dim + 1, model_dims)

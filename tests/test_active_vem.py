@@ -996,7 +996,7 @@ def test_a_checkpoint_does_not_set_the_rate():
 # --- whole runs
 
 
-@pytest.mark.parametrize("windows, length", [(1, 1), (2, 5)])
+@pytest.mark.parametrize("windows, length", [(1, 2), (2, 5)])
 def test_a_window_in_which_no_action_counts(windows, length, tmp_path):
     """It begins within an episode, or holds the end alone: the update that draws it teaches q(a) nothing, and no nan."""
     assert run(tmp_path / "run", env_id="InvertedPendulum-v4", windows=windows, window_length=length, total_steps=60)

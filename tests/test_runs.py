@@ -553,7 +553,8 @@ REFUSED = [  # flags, what the line must contain
     ("--env-id tiny_envs:Scalar-v0", "--env-id tiny_envs:Scalar-v0", "vector"),
     ("--env-id tiny_envs:Image-v0", "--buffer-size", "GB"),
     ("--env-id tiny_envs:Sequence-v0", "--env-id tiny_envs:Sequence-v0", "flattened"),
-    ("--buffer-size 1000000000", "--buffer-size", "GB"),
+    ("--buffer-size 16000000 --trials 1000", "--buffer-size", "GB"),
+    ("--buffer-size 17000000", "--buffer-size 17000000", "1.67772e+07"),
     ("--hidden-dim 1000000", "GB"),
     ("--model-dim 1000000", "GB"),
     ("--batch-size 1000000000", "GB"),
@@ -564,6 +565,7 @@ REFUSED = [  # flags, what the line must contain
     ("--kl-budget 0", "--kl-budget 0"),
     ("--beta-lr 0", "--beta-lr 0"),
     ("--target-entropy inf", "--target-entropy inf"),
+    ("--target-entropy 0.7", "--target-entropy 0.7", "below 0.693"),
     ("--variance-weight nan", "--variance-weight nan"),
     ("--max-eval-steps 0", "--max-eval-steps 0"),
     ("--wandb online", "--wandb online"),
@@ -571,6 +573,7 @@ REFUSED = [  # flags, what the line must contain
     ("--entropy none --target-entropy -1", "--target-entropy -1", "no effect"),
     ("--entropy critic --target-entropy -1", "--target-entropy -1", "no effect"),
     ("--batch-size 0", "--batch-size 0", "1"),
+    ("--window-length 1", "--window-length 1", "2"),
     ("--trials 0", "--trials 0", "1"),
     ("--seed -1", "--seed -1", "0"),
     ("--hidden-dim 0", "--hidden-dim 0"),
@@ -601,6 +604,7 @@ REFUSED = [  # flags, what the line must contain
     ("--total-steps 500 --learning-starts 600", "--total-steps", "--learning-starts"),
     ("--num-elites 8", "--num-elites", "--ensemble-size"),
     ("--rollouts 500000", "--rollouts", "--model-buffer-size"),
+    ("--rollouts 4", "--num-elites 5", "--rollouts"),
     ("--horizon 5", "--rollouts 100000", "--horizon"),
     ("--imagine-every 0", "--imagine-every 0"),
     ("--horizon 4 --horizon-from 7000", "--horizon-until", "--horizon-from"),
@@ -633,7 +637,8 @@ def test_refused(name, row, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, command", [("beta_vmbpo", "--beta 0"), ("vmbpo", "--beta 0"), ("beta_vmbpo", "--beta -1"),
                                            ("beta_vmbpo", "--beta nan"), ("vmbpo", "--beta nan"),
-                                           ("vmbpo", "--beta inf --log-ratio-in-critic")])
+                                           ("vmbpo", "--beta inf --log-ratio-in-critic"),
+                                           ("beta_vmbpo", "--beta inf --log-ratio-in-critic")])
 def test_beta_refused(name, command, capsys, tmp_path):
     assert " ".join(command.split()[:2]) in refusal(name, command.split(), capsys, tmp_path)
 

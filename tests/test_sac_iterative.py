@@ -532,7 +532,7 @@ def test_automatic_action_samples():
 
 
 @pytest.mark.parametrize("text", ["--inference-iters 0", "--action-samples -1", "--prior-std 0", "--prior-std inf",
-                                  "--pessimism -1", "--pessimism nan", "--target-entropy nan",
+                                  "--prior-std 51", "--pessimism -1", "--pessimism nan", "--target-entropy nan",
                                   "--inference-iters 3 --inference direct", "--inputs grads --inference direct",
                                   "--input-norm none --inference direct",
                                   "--prior-std 2.0 --inference direct --prior uniform"])
