@@ -74,7 +74,7 @@ def main(args):
     at_least(args, trials=1, episodes=100)
     if args.episodes % 100:
         fail(f"--episodes {args.episodes}: must be a multiple of 100")
-    return publish(args.out, None if args.from_csv else measure(args), draw, (14, 5.6))
+    return publish(args.out, None if args.from_csv else measure(args), draw, (14, 5.6), "Return, falls and KL by β")
 
 
 if __name__ == "__main__":
