@@ -755,7 +755,8 @@ class Run:
                 if not parameter.isfinite().all():
                     fail(f"step {self.now}: {name} is not finite; the last checkpoint stays", code=1)
             save(args, self.now, self.agent, self.buffers)
-            draw(args)
+            with contextlib.suppress(Exception, SystemExit):  # no picture is worth a run
+                draw(args)
             self.reset()
         self.bar.set_postfix_str(self.result, refresh=False)
         self.bar.update()
@@ -805,7 +806,8 @@ def draw(args):
     axes = figure.add_subplot(title=args.env_id, xlabel="environment steps per trial", ylabel="evaluation return")
     axes.plot(steps, mean)
     axes.fill_between(steps, mean - std, mean + std, alpha=0.3)
-    figure.savefig(f"{args.run_dir}/curve.png", dpi=150)
+    with replacing(Path(args.run_dir, "curve.png")) as path:
+        figure.savefig(path, format="png", dpi=150)
 
 
 def save(args, step, agent, buffers):
@@ -879,6 +881,9 @@ def wrong_values(values):
 def parse_args(argv=None):
     """Read the command line and refuse what cannot work; a saved run brings the flags it was begun with."""
     sys.path.append("")  # modules in the current directory, wherever the script lies
+    argv = sys.argv[1:] if argv is None else argv
+    if "" in argv:  # as of a shell's unset variable
+        fail(f"{argv[argv.index('') - 1]}: its value is empty")
     args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     if run_dir := args.resume or args.evaluate:
         with refusing(f"{run_dir}/args.json"):
@@ -893,7 +898,7 @@ def parse_args(argv=None):
     for name, rule in (*wrong_values(vars(args)), *args.conflicts()):
         fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {rule}")
     if args.total_steps < args.learning_starts:
-        fail(f"--total-steps {args.total_steps}: must be at least --learning-starts")
+        fail(f"--total-steps {args.total_steps}: must be at least --learning-starts {args.learning_starts}")
     if not run_dir and args.run_dir and Path(args.run_dir).exists():
         fail(f"--run-dir {args.run_dir}: exists already")
     if args.resume and args.evaluate:
@@ -910,6 +915,7 @@ def parse_args(argv=None):
     with refusing(f"--env-id {args.env_id}" + " --capture-video" * args.capture_video):
         envs = make_envs(args, 1)
         envs.reset(seed=args.seed)
+        envs.step(envs.action_space.sample())
         if args.capture_video:
             importlib.import_module("moviepy")
             _, _, _ = envs.render()[0].shape  # a picture has three axes

@@ -1,7 +1,7 @@
 """One figure and one csv from several runs: a panel per task and metric, a line and a band over the trials.
 
     python benchmarks/figures.py --experiment quick_fig5    # all runs that `grid.py quick_fig5` has left
-    python benchmarks/figures.py --name pendulum --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
+    python benchmarks/figures.py --name mine --runs runs/Pendulum-v1/* --metrics eval/return model/beta model/kl
 
 writes benchmarks/results/NAME.csv (task,label,step,trial,metric,value) and benchmarks/figures/NAME.png; an
 experiment's NAME is its own. Runs of one task and label are trials of one curve, which ends with the shortest.
@@ -51,6 +51,7 @@ class Args:
     name: str = ""  # the figure's and the csv's name; default: the experiment
     experiment: str = ""  # of experiments.toml, whose runs are drawn under their labels
     runs_dir: str = "runs/grid"  # where grid.py has put them
+    table: str = str(grid.TABLE)  # the file of experiments
     runs: tuple[str, ...] = ()  # run directories, in the order of the legend
     labels: tuple[str, ...] = ()  # one per run; default: the directories' names
     metrics: tuple[str, ...] = ()  # one panel each; default: eval/return, from a csv all that it holds
@@ -66,7 +67,7 @@ def runs_of(args):
     """Labels and run directories: those asked for, then the experiment's."""
     pairs = labelled(args.runs, args.labels) if args.runs or not args.experiment else []
     if args.experiment:
-        runs = grid.runs_of(grid.Args(args.experiment, runs_dir=args.runs_dir))
+        runs = grid.runs_of(grid.Args(args.experiment, runs_dir=args.runs_dir, table=args.table))
         runs = [run for run in runs if (run.dir / "metrics.csv").is_file()]
         if len({(run.dir.parent.name, run.dir.name) for run in runs}) < len(runs):
             fail(f"--experiment {args.experiment}: two of its parts have runs of one label; draw them one by one")
@@ -155,8 +156,7 @@ def draw(args, rows, figure):
     tasks, labels, metrics = ([*group(rows, column)] for column in ("task", "label", "metric"))
     metrics = [metric for metric in args.metrics or metrics if metric in metrics]
     panels = [(task, metric) for task in tasks for metric in metrics]
-    each = len(panels) // len(tasks)
-    columns = min(3, len(panels)) if 1 in (len(tasks), each) else each
+    columns = min(3, len(panels)) if 1 in (len(tasks), len(metrics)) else len(metrics)
     lines = -(-len(panels) // columns)
     figure.set_size_inches(4.4 * columns, 3.2 * lines + 0.4)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
@@ -202,8 +202,8 @@ def tell(rows, solved=None):
 
 def main(args):
     args.name = args.name or args.experiment
-    if not args.name:
-        fail("--name: needed, for the csv and the figure")
+    if not args.name or "/" in args.name:
+        fail(f"--name {args.name}: needed, for the csv and the figure, without folders")
     args.metrics = args.metrics or (() if args.from_csv else ("eval/return",))
     rows = read(args.name) if args.from_csv else [*collect(args)]
     if args.keep:

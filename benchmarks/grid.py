@@ -78,7 +78,7 @@ def runs_of(args):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"--table {args.table}: [{part}]: {error}")
     if not found:
-        fail(f"--only {args.only}: no run of {args.experiment} has this in its name")
+        fail(f"{args.experiment}: no run of it has --only {args.only!r} in its name")
     return found
 
 
@@ -115,7 +115,7 @@ def state(run):
     """finished, running, refused, interrupted or absent."""
     note = load_json(f"{run.dir}.json")
     code = note.get("code") if note.get("command") == run.command else None
-    if code == 0:
+    if code == 0 and run.dir.exists():
         return "finished"
     if locked(run.dir):
         return "running"
@@ -178,11 +178,11 @@ def attempt(run, threads):
         elif run.dir.exists():  # it died before its first checkpoint: begin anew, and keep what there is beside it
             run.dir.rename(f"{run.dir}.lost-{time.strftime('%Y%m%d-%H%M%S')}")
         script, *flags = run.command
-        before = time.time()
+        path, before = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", time.time()  # benchmarks.tasks, from anywhere
         with open(f"{run.dir}.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *flags, *place], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, pass_fds=[lock.fileno()],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}, pass_fds=[lock.fileno()],
                 preexec_fn=end_with_parent, start_new_session=True)  # Ctrl-C reaches it through `stop` alone
         RUNNING.append(process)
         if STOPPED:  # meanwhile

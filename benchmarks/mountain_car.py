@@ -128,7 +128,7 @@ def main(args):
         for row in summary:
             say_row(row)
         write("mountain_car_returns", summary)
-    return publish("mountain_car", rows, draw, (8, 3.4), f"one line per trial: the mean of {args.episodes} episodes")
+    return publish("mountain_car", rows, draw, (8, 3.4), "one line per trial: the mean of its episodes")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the benchmarks share, and figures.py, errors.py, tasks.py and peers.py, on runs made up here."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -278,12 +277,11 @@ def test_a_curve_in_words():
         "1 first at 10; all stay from 10; again below: none")
 
 
-def test_figure_of_an_experiment(here, drawn, monkeypatch):
+def test_figure_of_an_experiment(here, drawn):
     """A panel per task, published points where there are any; runs of one task and label are trials of one curve."""
     table = here / "experiments.toml"
     table.write_text('[made_up]\nenvs = ["Hopper-v4", "b/B-v0"]\nseeds = [1, 2]\n'
                      '[made_up.runs]\n"x MBPO" = "s.py"\n"β" = "s.py"\n')
-    monkeypatch.setattr(FIGURES.grid, "Args", functools.partial(FIGURES.grid.Args, table=str(table)))
     for env in ("Hopper-v4", "b/B-v0"):
         for run in ("x_MBPO_s1", "x_MBPO_s2", "β_s1"):
             place = here / "runs/made_up" / env.replace("/", "_") / run
@@ -292,7 +290,7 @@ def test_figure_of_an_experiment(here, drawn, monkeypatch):
             steps = range(10_000, 40_000, 10_000) if run == "x_MBPO_s2" else range(10_000, 60_000, 10_000)
             lines = [f"{step},{trial},eval/return,{step + trial}" for step in steps for trial in (0, 1)]
             (place / "metrics.csv").write_text("step,trial,metric,value\n" + "\n".join(lines) + "\n")
-    assert FIGURES.main(FIGURES.Args(experiment="made_up", runs_dir=str(here / "runs"))) == 0
+    assert FIGURES.main(FIGURES.Args(experiment="made_up", runs_dir=str(here / "runs"), table=str(table))) == 0
     rows = common.read("made_up")
     assert {row["task"] for row in rows} == {"Hopper-v4", "b/B-v0"} and {row["label"] for row in rows} == {"x MBPO", "β"}
     trials = {label: {row["trial"] for row in rows if row["label"] == label} for label in ("x MBPO", "β")}

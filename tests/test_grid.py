@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,8 @@ def test_a_run_is_begun_continued_and_then_left_alone(args):
     assert GRID.train(longer, 1, 0) == 0 and steps(run.dir) == [*range(1, 16)]
     another = named(args, "A-v0/β_=_2_s2")
     assert GRID.train(another, 1, 1) == 0 and steps(another.dir) == [*range(1, 13)]  # it died and was tried again
+    shutil.rmtree(another.dir)
+    assert GRID.state(another) == "absent"  # whatever the note beside it says
 
 
 def test_a_run_without_a_checkpoint_begins_anew_and_nothing_is_lost(args):

@@ -619,6 +619,7 @@ REFUSED = [  # flags, what the line must contain
     ("--termination-fn tiny_envs:ends_in_numpy", "--termination-fn tiny_envs:ends_in_numpy"),
     ("--termination-fn tiny_envs:ends_by_state", "--termination-fn tiny_envs:ends_by_state"),
     ("--env-id tiny_envs:FailingReset-v0", "--env-id tiny_envs:FailingReset-v0", "no simulator"),
+    ("--env-id tiny_envs:OldStep-v0", "--env-id tiny_envs:OldStep-v0"),
     ("--capture-video", "--capture-video", "--evaluate"),
     ("--resume nowhere", "nowhere/args.json"),
     ("--evaluate nowhere", "nowhere/args.json"),
@@ -633,6 +634,20 @@ def test_refused(name, row, capsys, tmp_path, monkeypatch):
     default = [] if "--env-id" in command else ["--env-id", "Pendulum-v1"]
     line = refusal(name, default + command.split(), capsys, tmp_path)
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
+def test_an_unset_variable_starts_no_run(flag, capsys, tmp_path):
+    assert f"{flag}: its value is empty" in refusal("sac_iterative", ["--seed", "2", flag, ""], capsys, tmp_path)
+
+
+def test_a_curve_that_cannot_be_drawn_ends_no_run():
+    shape = {"env_id": "tiny_envs:Counter-v0", "save_every": 25, "run_dir": "run"}
+    assert run("sac_iterative", total_steps=50, **shape).code == 0
+    Path("run/curve.png").unlink()
+    Path("run/curve.png").mkdir()
+    assert run("sac_iterative", resume="run", total_steps=75).code == 0
+    assert checkpoint("run")["step"] == 75 and not Path("run/curve.tmp").exists()
 
 
 @pytest.mark.parametrize("name, command", [("beta_vmbpo", "--beta 0"), ("vmbpo", "--beta 0"), ("beta_vmbpo", "--beta -1"),

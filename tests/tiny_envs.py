@@ -174,6 +174,13 @@ class FailingReset(Counter):
         raise ValueError("no simulator")
 
 
+class OldStep(Counter):
+    """A step of the old gym: four values."""
+
+    def step(self, action):
+        return super().step(action)[:4]
+
+
 def ends_above(obs, action, next_obs):
     """A rule of termination, for --termination-fn."""
     return next_obs[..., 1] > 2
@@ -190,6 +197,7 @@ def ends_by_state(next_obs):
 
 
 for kind in (Counter, NanObservation, InfFinalObservation, NanResetObservation, NanReward, HugeReward, Signal, Dictionary,
-             NoRenderer, NeedsPackage, NoPicture, Sequence, Unbounded, Integer, Degenerate, Scalar, Image, FailingReset):
+             NoRenderer, NeedsPackage, NoPicture, Sequence, Unbounded, Integer, Degenerate, Scalar, Image, FailingReset,
+             OldStep):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=7)
 gym.register("Endless-v0", Endless)
