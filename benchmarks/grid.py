@@ -178,7 +178,8 @@ def attempt(run, threads):
         elif run.dir.exists():  # it died before its first checkpoint: begin anew, and keep what there is beside it
             run.dir.rename(f"{run.dir}.lost-{time.strftime('%Y%m%d-%H%M%S')}")
         script, *flags = run.command
-        path, before = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", time.time()  # benchmarks.tasks, from anywhere
+        path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"  # benchmarks.tasks, from anywhere
+        before = time.time()
         with open(f"{run.dir}.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / script), *flags, *place], stdin=subprocess.DEVNULL, stdout=log, stderr=log,

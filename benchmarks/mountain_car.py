@@ -122,11 +122,10 @@ def draw(rows, figure):
 
 def main(args):
     at_least(args, episodes=1)
-    rows = None
-    if not args.from_csv:
-        rows, summary = measure(args)
-        for row in summary:
-            say_row(row)
+    rows, summary = (None, []) if args.from_csv else measure(args)
+    for row in summary:
+        say_row(row)
+    if summary:
         write("mountain_car_returns", summary)
     return publish("mountain_car", rows, draw, (8, 3.4), "one line per trial: the mean of its episodes")
 
